@@ -1,0 +1,134 @@
+"""The torch operators ``torch.ops.ds_fp6.*``: schemas, fakes, and the extensions that implement them.
+
+The compiled extensions register their kernels with torch's dispatcher when they are loaded, so a call goes from
+Python straight to C++. Loading may compile, so it waits for the first call on a device: until then a stub
+stands in the dispatcher, loads the extension, and hands the call on.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+
+from ds_fp6.formats import Format
+
+_schemas = torch.library.Library("ds_fp6", "DEF")
+_schemas.define(
+    "quantize(Tensor w, int exponent_bits, int mantissa_bits, int group_size, Tensor? scales=None) -> (Tensor, Tensor)"
+)
+_schemas.define(
+    "dequantize(Tensor packed, Tensor scales, int exponent_bits, int mantissa_bits, int group_size, "
+    "int in_features, ScalarType dtype) -> Tensor"
+)
+_schemas.define(
+    "linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
+    "int group_size) -> Tensor"
+)
+_schemas.define("pack(Tensor rows, int bits, int in_features) -> Tensor")
+_schemas.define("unpack(Tensor tiles, int bits, int out_features, int in_features) -> Tensor")
+
+#: Operators by the dispatch key of the extension that has them.
+_OPERATORS = {
+    "CPU": ("quantize", "dequantize", "linear"),
+    "CUDA": ("quantize", "dequantize", "linear", "pack", "unpack"),
+}
+
+#: Rows (N) and columns (K) of the GPU layout's panels, see csrc/common/layout.h.
+PANEL_ROWS, PANEL_COLUMNS = 64, 64
+
+_lock = threading.RLock()
+_stubs: dict[str, torch.library.Library] = {}
+
+
+@functools.cache
+def load(key: str) -> None:
+    """Loads, and where needed builds, the extension for dispatch key ``"CPU"`` or ``"CUDA"``.
+
+    Raises ``RuntimeError`` that says what is missing where it cannot be built.
+    """
+    with _lock:
+        _remove_stub(key)
+        try:
+            _builder(key).load(verbose=False)
+        except BaseException:
+            _install_stub(key)
+            raise
+
+
+def _builder(key: str) -> Any:
+    from ds_fp6.op_builder import CPUBuilder, CUDABuilder
+
+    return {"CPU": CPUBuilder, "CUDA": CUDABuilder}[key]()
+
+
+def _install_stub(key: str) -> None:
+    def stub(name: str):
+        def load_and_redispatch(*args: Any, **kwargs: Any) -> Any:
+            load(key)
+            return getattr(torch.ops.ds_fp6, name)(*args, **kwargs)
+
+        return load_and_redispatch
+
+    library = torch.library.Library("ds_fp6", "IMPL")
+    for name in _OPERATORS[key]:
+        library.impl(name, stub(name), key)
+    _stubs[key] = library
+
+
+def _remove_stub(key: str) -> None:
+    stub = _stubs.pop(key, None)
+    if stub is not None:
+        stub._destroy()
+
+
+for _key in _OPERATORS:
+    _install_stub(_key)
+
+quantize = torch.ops.ds_fp6.quantize
+dequantize = torch.ops.ds_fp6.dequantize
+linear = torch.ops.ds_fp6.linear
+pack = torch.ops.ds_fp6.pack
+unpack = torch.ops.ds_fp6.unpack
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def packed_shape(device: torch.device, bits: int, out_features: int, in_features: int) -> tuple[int, ...]:
+    """The shape of the packed uint8 tensor of an [N, K] weight on ``device``."""
+    if device.type == "cuda":
+        panel_bytes = PANEL_ROWS * PANEL_COLUMNS * bits // 8
+        return _ceil_div(out_features, PANEL_ROWS), _ceil_div(in_features, PANEL_COLUMNS), panel_bytes
+    return out_features, _ceil_div(in_features * bits, 8)
+
+
+@torch.library.register_fake("ds_fp6::quantize")
+def _(w, exponent_bits, mantissa_bits, group_size, scales=None):
+    n, k = w.shape
+    bits = Format(exponent_bits, mantissa_bits).bits
+    packed = w.new_empty(packed_shape(w.device, bits, n, k), dtype=torch.uint8)
+    return packed, w.new_empty((n, _ceil_div(k, group_size) if group_size else 1), dtype=torch.float32)
+
+
+@torch.library.register_fake("ds_fp6::dequantize")
+def _(packed, scales, exponent_bits, mantissa_bits, group_size, in_features, dtype):
+    return scales.new_empty((scales.shape[0], in_features), dtype=dtype)
+
+
+@torch.library.register_fake("ds_fp6::linear")
+def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size):
+    return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+@torch.library.register_fake("ds_fp6::pack")
+def _(rows, bits, in_features):
+    return rows.new_empty(packed_shape(rows.device, bits, rows.shape[0], in_features))
+
+
+@torch.library.register_fake("ds_fp6::unpack")
+def _(tiles, bits, out_features, in_features):
+    return tiles.new_empty((out_features, _ceil_div(in_features * bits, 8)))

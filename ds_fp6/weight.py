@@ -1,0 +1,142 @@
+"""``PackedWeight``: a quantized weight matrix that multiplies, dequantizes and serializes itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ds_fp6 import ops
+from ds_fp6.formats import Format, Mode
+from ds_fp6.pack import to_canonical, to_device_layout
+from ds_fp6.quantize import number_of_groups, quantize
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight ``W[N, K] = value(code) · scale`` of which only packed codes and scales are kept.
+
+    Attributes:
+        format: the codes' number format.
+        group_size: weights along K that share a scale; 0 is one scale per output channel.
+        in_features: K.
+        packed: uint8, the codes in their device's layout (``pack.py``).
+        scales: fp32 [N, G], G = 1 or ceil(K / group_size).
+    """
+
+    format: Format
+    group_size: int
+    in_features: int
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        n, groups = self.scales.shape[0], number_of_groups(self.in_features, self.group_size)
+        expected = ops.packed_shape(self.packed.device, self.format.bits, n, self.in_features)
+        if self.scales.dtype != torch.float32 or tuple(self.scales.shape) != (n, groups):
+            raise ValueError(
+                f"scales of K = {self.in_features} in groups of {self.group_size} are float32 [N, {groups}], "
+                f"got {self.scales.dtype} {list(self.scales.shape)}"
+            )
+        if self.packed.dtype != torch.uint8 or tuple(self.packed.shape) != expected:
+            raise ValueError(
+                f"{self.format} codes of [{n}, {self.in_features}] are packed as uint8 {list(expected)} on "
+                f"{self.packed.device}, got {self.packed.dtype} {list(self.packed.shape)}"
+            )
+        if self.packed.device != self.scales.device:
+            raise ValueError(f"packed codes are on {self.packed.device}, their scales on {self.scales.device}")
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, mode: str | Mode | Format, scales: torch.Tensor | None = None
+    ) -> PackedWeight:
+        """Quantizes ``weight`` [N, K] (fp32, fp16 or bf16) on its device.
+
+        ``mode`` is a quantization mode such as ``"wf6af16g128"`` or a ``Format``; ``scales`` fp32 [N, G]
+        replaces the computed ones. Raises ``ValueError`` that names row and column of a NaN or infinity.
+        """
+        fmt, group_size = (mode, 0) if isinstance(mode, Format) else _weight_part(Mode.parse(mode))
+        packed, scales = quantize(weight, fmt, group_size, scales)
+        return cls(fmt, group_size, weight.shape[1], packed, scales)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.scales.shape[0], self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes: packed codes and scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """``value(code) · scale``, [N, K], computed in fp32 and rounded once to ``dtype``."""
+        fmt = self.format
+        return ops.dequantize(
+            self.packed, self.scales, fmt.exponent_bits, fmt.mantissa_bits, self.group_size, self.in_features, dtype
+        )
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``y = x · Wᵀ (+ bias)``, see ``ds_fp6.linear``."""
+        return linear(x, self, bias)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on another device, in that device's layout."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        state = {name: tensor.to(device) for name, tensor in self.state_dict().items()}
+        return self.from_state_dict(state)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Three tensors: ``packed`` in the canonical layout whatever the device, ``scales``, and ``header``.
+
+        ``header`` is int64 [4] on the CPU: exponent bits, mantissa bits, group size, K.
+        """
+        fmt = self.format
+        return {
+            "packed": to_canonical(self.packed, fmt.bits, *self.shape),
+            "scales": self.scales,
+            "header": torch.tensor([fmt.exponent_bits, fmt.mantissa_bits, self.group_size, self.in_features]),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, torch.Tensor]) -> PackedWeight:
+        """The inverse of ``state_dict``; the weight lands on the device of ``state["packed"]``."""
+        missing = {"packed", "scales", "header"} - state.keys()
+        if missing:
+            raise ValueError(f"a packed weight's state lacks {sorted(missing)}; it has {sorted(state)}")
+        exponent_bits, mantissa_bits, group_size, in_features = state["header"].tolist()
+        fmt = Format(exponent_bits, mantissa_bits)
+        packed = to_device_layout(state["packed"], fmt.bits, in_features)
+        return cls(fmt, group_size, in_features, packed, state["scales"])
+
+
+def _weight_part(mode: Mode) -> tuple[Format, int]:
+    return mode.format, mode.group_size
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``y = x · Wᵀ (+ bias)`` with a packed weight.
+
+    Products of ``x`` with the codes' exact values are accumulated in fp32; scale and bias are applied in fp32
+    and the result is rounded once to x's dtype.
+
+    Args:
+        x: [..., K], fp32 (CPU), fp16 or bf16, on the weight's device.
+        weight: N × K.
+        bias: [N] of x's dtype or fp32, or None.
+
+    Returns: [..., N] of x's dtype. Not differentiable; ``torch.compile`` traces through it.
+    Raises: ``ValueError`` or ``TypeError`` with the offending shape, dtype or device.
+    """
+    if x.dim() == 0 or x.shape[-1] != weight.in_features:
+        raise ValueError(f"x must be [..., {weight.in_features}], got {list(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, the packed weight on {weight.device}")
+    fmt = weight.format
+    return ops.linear(x, weight.packed, weight.scales, bias, fmt.exponent_bits, fmt.mantissa_bits, weight.group_size)
