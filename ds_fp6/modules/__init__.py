@@ -1,0 +1,1 @@
+"""Modules for DeepSpeed's inference registries."""
