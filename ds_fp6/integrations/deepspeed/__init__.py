@@ -1,0 +1,70 @@
+"""DeepSpeed's hooks: its accelerator, and its inference engine FastGen (``deepspeed.inference.v2``).
+
+``install`` is called after ``import deepspeed``. The engine is imported by DeepSpeed when it is first asked for,
+so its hooks wait for that.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from ds_fp6.integrations import versions
+from ds_fp6.integrations.patching import Hook, Repair
+
+_lock = threading.Lock()
+_installed = False
+
+#: What the hooks of this package repair, as ``ds-fp6 env`` lists it.
+REPAIRS = (
+    Repair("activation-dtype", "qwen2 and qwen2-moe ran in fp16 whatever the checkpoint says"),
+    Repair("norm-epsilon", "norms used epsilon 1e-5 instead of the checkpoint's"),
+    Repair("rotary", "partial_rotary_factor and falcon's rope_theta were not read; CPU: fp32 frequencies throughout"),
+    Repair("exact-gelu", "models trained with the exact GELU ran with its tanh approximation (CPU)"),
+    Repair("sliding-window", "models with a sliding window attended to everything (CPU)"),
+    Repair("head-dim", "head_dim in config.json was ignored"),
+    Repair("sizes", "head ratios, head sizes, intermediate and vocabulary sizes were refused (CPU)"),
+    Repair("config-checks", "settings that the engine would ignore are refused before the checkpoint is read"),
+    Repair("attention-atoms", "long prompts overran the atom buffer when max_ragged_sequence_count was small"),
+    Repair("put-checks", "InferenceEngineV2.put(do_checks=True) and can_schedule raised TypeError"),
+    Repair("buffer-cache", "the buffers of every engine ever built stayed in memory"),
+    Repair("kv-memory", "the KV cache took all memory of the machine, in every rank (CPU)"),
+)
+
+
+def hooks() -> tuple[Hook, ...]:
+    """Every place of DeepSpeed that is hooked, in the order of installation."""
+    return _startup_hooks() + _engine_hooks()
+
+
+def _startup_hooks() -> tuple[Hook, ...]:
+    from ds_fp6.integrations.deepspeed import accelerator
+
+    return accelerator.HOOKS
+
+
+def _engine_hooks() -> tuple[Hook, ...]:
+    from ds_fp6.integrations import checkpoint
+    from ds_fp6.integrations.deepspeed import engine, kernels, models, quantization
+
+    loading = Hook("deepspeed.inference.v2.checkpoint", "reads checkpoints tensor by tensor", checkpoint.install)
+    return (loading,) + engine.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
+
+
+def install() -> None:
+    """Hooks DeepSpeed. Idempotent. Raises ``UnsupportedVersion`` for a version that is not supported."""
+    global _installed
+    with _lock:
+        if _installed:
+            return
+        versions.check("deepspeed", "transformers")
+        import wrapt
+
+        for hook in _startup_hooks():
+            hook.apply()
+        _installed = True
+        wrapt.register_post_import_hook(_install_engine, "deepspeed.inference.v2")
+
+
+def _install_engine(_module: object) -> None:
+    for hook in _engine_hooks():
+        hook.apply()

@@ -1,0 +1,78 @@
+"""Tiny random checkpoints of every model family that FastGen runs, written as Hugging Face writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+#: One token a byte, and two special tokens. No multiple of 8, which DeepSpeed's CUDA operators would want.
+BOS, EOS = 256, 257
+VOCABULARY = 258
+
+_SIZES = dict(
+    vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=2048, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS, tie_word_embeddings=False,
+)  # fmt: skip
+_GQA = dict(_SIZES, num_key_value_heads=2, intermediate_size=112, rms_norm_eps=1e-6)
+_WINDOW = dict(sliding_window=None)
+
+#: Name → (transformers' model type, its config). Head size 16 unless a config names another.
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", dict(_GQA, num_key_value_heads=4)),
+    "llama_gqa": ("llama", dict(_GQA, head_dim=32)),
+    "llama_tied": ("llama", dict(_GQA, tie_word_embeddings=True)),
+    "mistral": ("mistral", dict(_GQA, sliding_window=48)),
+    "opt": ("opt", dict(_SIZES, ffn_dim=100, word_embed_proj_dim=64, dropout=0.0)),
+    "falcon": ("falcon", dict(_SIZES, alibi=False, multi_query=True, parallel_attn=True)),
+    "falcon_new": ("falcon", dict(_SIZES, alibi=False, new_decoder_architecture=True, num_kv_heads=2)),
+    "phi": ("phi", dict(_SIZES, intermediate_size=120, partial_rotary_factor=0.5)),
+    "phi3": ("phi3", dict(_GQA, **_WINDOW)),
+    "qwen2": ("qwen2", dict(_GQA, **_WINDOW)),
+    "mixtral": ("mixtral", dict(_GQA, num_local_experts=4, num_experts_per_tok=2, **_WINDOW)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(
+            _GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False,
+            shared_expert_intermediate_size=48, decoder_sparse_step=1, mlp_only_layers=[], **_WINDOW,
+        ),
+    ),
+}  # fmt: skip
+
+
+def tokenizer():
+    """A tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<s>": BOS, "</s>": EOS}
+    tok = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> torch.nn.Module:
+    """A random transformers model of a family, whose weights are large enough to tell its tokens apart."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, settings = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in dict.fromkeys(model.parameters()):
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype)
+
+
+def save(model: torch.nn.Module, path: Path) -> str:
+    """Writes model and tokenizer into ``path`` and returns it as MII wants it."""
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return str(path)
