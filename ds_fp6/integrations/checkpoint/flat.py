@@ -1,0 +1,212 @@
+"""DeepSpeed's flattened model: one uint8 buffer, and a table of what lies where in it.
+
+Only serialization needs the buffer, so it is laid out when it is asked for and never stands beside a model that is
+being loaded. Files and tables are DeepSpeed's own, plus ``ds_fp6.json``, which says how the weights are quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.v2.inference_parameter import STR_TO_DTYPE, InferenceParameter
+from deepspeed.inference.v2.model_implementations.flat_model_helpers import (
+    LayerMetadata,
+    ModelMetadata,
+    ParameterMetadata,
+    TensorMetadata,
+    make_metadata_filename,
+    make_param_filename,
+)
+from deepspeed.inference.v2.model_implementations.inference_policy_base import ContainerMap
+from deepspeed.inference.v2.model_implementations.layer_container_base import LayerContainer
+
+from ds_fp6.formats import Mode
+from ds_fp6.integrations.checkpoint.memory import aligned, parameter_memory, view_at
+
+CONFIG_FILE = "ds_model_config.pkl"
+QUANTIZATION_FILE = "ds_fp6.json"
+
+#: Where a parameter is absent: a bias that another tensor-parallel rank adds.
+ABSENT = -1
+
+
+def named_containers(
+    transformer: list[LayerContainer], non_transformer: LayerContainer
+) -> Iterator[tuple[str, LayerContainer]]:
+    """The containers in the order of the buffer, under the names of DeepSpeed's table."""
+    for i, layer in enumerate(transformer):
+        yield f"transformer_layer_{i}", layer
+    yield "non_transformer", non_transformer
+
+
+def describe(policy_name: str, transformer: list[LayerContainer], non_transformer: LayerContainer) -> ModelMetadata:
+    """The table of a loaded model. A tensor that two parameters share has one place."""
+    metadata = ModelMetadata(policy=policy_name)
+    places: dict[tuple[int, int], int] = {}
+    end = 0
+
+    def place(tensor: torch.Tensor) -> TensorMetadata:
+        nonlocal end
+        size = tensor.numel() * tensor.element_size()
+        offset = places.setdefault((tensor.data_ptr(), size), end) if size else end
+        if offset == end:
+            end += aligned(size)
+        return TensorMetadata(
+            dtype=str(tensor.dtype), shape=tuple(tensor.shape), strides=tensor.stride(), offset=offset
+        )
+
+    for container_name, container in named_containers(transformer, non_transformer):
+        layer = LayerMetadata()
+        for name in container.annotation_attrs:
+            parameter = getattr(container, name)
+            if parameter is None:
+                layer.params[name] = ParameterMetadata(core_param=TensorMetadata(offset=ABSENT))
+                continue
+            layer.params[name] = ParameterMetadata(
+                core_param=place(parameter.as_subclass(torch.Tensor)),
+                aux_params={key: place(tensor) for key, tensor in parameter.aux_attrs.items()},
+            )
+        metadata.layers[container_name] = layer
+    return metadata
+
+
+def buffer_bytes(metadata: ModelMetadata) -> int:
+    """The size of the buffer that ``metadata`` describes."""
+    tensors = [
+        tensor
+        for layer in metadata.layers.values()
+        for parameter in layer.params.values()
+        for tensor in (parameter.core_param, *parameter.aux_params.values())
+        if tensor.offset != ABSENT
+    ]
+    sizes = (torch.Size(t.shape).numel() * STR_TO_DTYPE[t.dtype].itemsize + t.offset for t in tensors)
+    return aligned(max(sizes, default=0))
+
+
+def flatten(model: Any) -> torch.Tensor:
+    """The model's parameters in one uint8 buffer on the host, as ``model.flattened_param_metadata`` says."""
+    metadata: ModelMetadata = model.flattened_param_metadata
+    buffer = torch.zeros(buffer_bytes(metadata), dtype=torch.uint8)
+
+    def copy(tensor: torch.Tensor, place: TensorMetadata) -> None:
+        view_at(buffer, place.offset, tensor.dtype, tensor.shape, tensor.stride()).copy_(tensor)
+
+    for container_name, container in named_containers(model._transformer, model._non_transformer):
+        for name, places in metadata.layers[container_name].params.items():
+            parameter = getattr(container, name)
+            if parameter is not None:
+                copy(parameter.as_subclass(torch.Tensor), places.core_param)
+                for key, tensor in parameter.aux_attrs.items():
+                    copy(tensor, places.aux_params[key])
+    return buffer
+
+
+def restore(container_map: ContainerMap, buffer: torch.Tensor, metadata: ModelMetadata) -> None:
+    """Fills the containers with views of ``buffer``. Raises ``ValueError`` for a buffer or a table cut short."""
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < buffer_bytes(metadata):
+        raise ValueError(
+            f"the flattened parameters are {buffer.dtype} {list(buffer.shape)}, "
+            f"their metadata describes uint8 [{buffer_bytes(metadata)}]"
+        )
+
+    def tensor_at(place: TensorMetadata) -> torch.Tensor:
+        return view_at(buffer, place.offset, STR_TO_DTYPE[place.dtype], place.shape, place.strides)
+
+    for container_name, container in named_containers(container_map.transformer_params, container_map.non_transformer_params):
+        layer = metadata.layers.get(container_name, LayerMetadata())
+        for name in container.annotation_attrs:
+            places = layer.params.get(name)
+            if places is None:
+                raise ValueError(f"the flattened model's metadata lacks parameter {name!r} of {container_name!r}")
+            if places.core_param.offset == ABSENT:
+                container.direct_injection(name, None)
+                continue
+            aux = {key: tensor_at(place) for key, place in places.aux_params.items()}
+            container.direct_injection(name, InferenceParameter.initialize(tensor_at(places.core_param), **aux))
+
+
+def serialize(engine: Any, save_path: str) -> None:
+    """``InferenceEngineV2.serialize``: writes this rank's parameters and their table, rank 0 also the configuration.
+
+    Files appear under their names only when they are complete, so a directory can be written over while it is used.
+    """
+    model, directory = engine._model, Path(save_path)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = json.dumps(model.flattened_param_metadata.model_dump_json())
+    _replace(make_param_filename(save_path, model.tp_rank, model.tp_size), lambda file: torch.save(flatten(model), file))
+    _replace(make_metadata_filename(save_path, model.tp_rank, model.tp_size), lambda file: file.write(metadata.encode()))
+    if model.tp_rank == 0:
+        _replace(directory / CONFIG_FILE, lambda file: pickle.dump(model.config, file))
+        stored = json.dumps(_stored_as(engine._config), indent=2)
+        _replace(directory / QUANTIZATION_FILE, lambda file: file.write(stored.encode()))
+
+
+def read(path: str, rank: int, ranks: int, engine_config: Any) -> tuple[torch.Tensor, ModelMetadata]:
+    """This rank's buffer, on its device, and table. Raises as ``check_serialized`` does."""
+    check_serialized(path, engine_config)
+    device = torch.device(get_accelerator().current_device())
+    file = make_param_filename(path, rank, ranks)
+    try:
+        mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file} ({os.path.getsize(file)} bytes) is truncated or damaged: {error}") from error
+    return parameter_memory(device).keep(mapped), read_metadata(make_metadata_filename(path, rank, ranks))
+
+
+def read_metadata(path: str) -> ModelMetadata:
+    try:
+        return ModelMetadata.model_validate_json(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the metadata of a flattened model: {error}") from error
+
+
+def check_serialized(path: str, engine_config: Any) -> None:
+    """Raises unless ``path`` holds a model serialized for this tensor-parallel degree, quantization and device.
+
+    ``FileNotFoundError`` names missing files; ``ValueError`` says how the model was serialized and what is asked for.
+    """
+    ranks = engine_config.tensor_parallel.tp_size
+    files = [make(path, rank, ranks) for rank in range(ranks) for make in (make_param_filename, make_metadata_filename)]
+    missing = [os.path.basename(file) for file in files if not os.path.isfile(file)]
+    if missing:
+        raise FileNotFoundError(
+            f"{path} holds no model serialized for a tensor-parallel degree of {ranks}: it lacks {', '.join(missing)}"
+        )
+    quantization = Path(path, QUANTIZATION_FILE)
+    stored = {"quantization": None, "layout": None}
+    if quantization.is_file():
+        try:
+            stored = dict(json.loads(quantization.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{quantization} is damaged: {error}") from error
+    wanted = _stored_as(engine_config)
+    if stored != wanted:
+        raise ValueError(f"{path} was serialized as {stored}, but this engine needs {wanted}; quantize the checkpoint anew")
+
+
+def _stored_as(engine_config: Any) -> dict[str, Any]:
+    """What decides the bytes of a weight: format, group size, and the packed layout of the device."""
+    if engine_config.quantization.quantization_mode is None:
+        return {"quantization": None, "layout": None}
+    mode = Mode.parse(engine_config.quantization.quantization_mode)
+    on_cuda = torch.device(get_accelerator().current_device()).type == "cuda"
+    group = f"g{mode.group_size}" if mode.group_size else ""
+    return {"quantization": mode.format.name + group, "layout": "tiles" if on_cuda else "rows"}
+
+
+def _replace(path: str | Path, write: Callable[[Any], Any]) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
