@@ -1,0 +1,86 @@
+"""Building a FastGen engine and driving it directly, for tests and benchmarks that need no server or tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from deepspeed.inference.v2 import engine_factory
+from deepspeed.inference.v2.config_v2 import RaggedInferenceEngineConfig
+from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
+
+from ds_fp6.integrations import deepspeed as deepspeed_hooks
+from ds_fp6.integrations.dummy import DummyCheckpointEngine
+
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@contextlib.contextmanager
+def _checkpoint_engine(load_format: str) -> Iterator[None]:
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {load_format!r}")
+    usual = engine_factory.HuggingFaceCheckpointEngine
+    if load_format == "dummy":
+        engine_factory.HuggingFaceCheckpointEngine = DummyCheckpointEngine
+    try:
+        yield
+    finally:
+        engine_factory.HuggingFaceCheckpointEngine = usual
+
+
+def build_engine(
+    model: str | Path,
+    quantization_mode: str | None = None,
+    load_format: str = "auto",
+    tensor_parallel: int = 1,
+    **state_manager,
+) -> InferenceEngineV2:
+    """A FastGen engine of the checkpoint in ``model``, or of its config.json with random weights.
+
+    Args:
+        model: a checkpoint's directory; ``load_format="dummy"`` needs only its config.json.
+        quantization_mode: such as ``"wf6af16"``; None leaves the linear layers in the checkpoint's dtype.
+        tensor_parallel: ranks; the process group must have been started with as many.
+        state_manager: fields of DeepSpeed's ``DSStateManagerConfig``, e.g. ``max_context``.
+
+    Raises ``ValueError`` for an unknown mode, load format or model family before weights are read.
+    """
+    deepspeed_hooks.install()
+    config = RaggedInferenceEngineConfig(
+        tensor_parallel={"tp_size": tensor_parallel},
+        state_manager=state_manager,
+        quantization={"quantization_mode": quantization_mode},
+    )
+    with _checkpoint_engine(load_format):
+        return engine_factory.build_hf_engine(str(model), config)
+
+
+def step(engine: InferenceEngineV2, tokens: dict[int, torch.Tensor]) -> torch.Tensor:
+    """One forward of new ``tokens`` (int64 [n]) by sequence id; logits [sequences, vocabulary]."""
+    return engine.put(list(tokens), list(tokens.values()), do_checks=False)
+
+
+def generate(
+    engine: InferenceEngineV2, prompts: Sequence[torch.Tensor], new_tokens: int
+) -> tuple[torch.Tensor, list[float]]:
+    """Greedy tokens int64 [sequences, new_tokens], and the seconds that each step took, the prompts' first.
+
+    All prompts must fit in one batch (``max_ragged_batch_size``). The sequences are flushed afterwards.
+    """
+    tokens = {uid: prompt for uid, prompt in enumerate(prompts)}
+    generated, seconds = [], []
+    try:
+        for _ in range(new_tokens):
+            start = time.perf_counter()
+            # Reading the chosen tokens waits for the device, which also frees FastGen's pinned batch buffers.
+            chosen = step(engine, tokens).argmax(dim=-1).cpu()
+            seconds.append(time.perf_counter() - start)
+            generated.append(chosen)
+            tokens = {uid: chosen[i : i + 1] for i, uid in enumerate(tokens)}
+    finally:
+        for uid in range(len(prompts)):
+            engine.flush(uid)
+    return torch.stack(generated, dim=1), seconds
