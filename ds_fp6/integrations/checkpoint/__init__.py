@@ -33,6 +33,7 @@ from ds_fp6.integrations.checkpoint import flat
 from ds_fp6.integrations.checkpoint.files import Checkpoint
 from ds_fp6.integrations.checkpoint.loader import load_parameters, natural_order
 from ds_fp6.integrations.checkpoint.location import check_family, check_location
+from ds_fp6.integrations.checkpoint.slots import HEAD
 
 __all__ = ["check_location", "install"]
 
@@ -91,10 +92,10 @@ def _parameters(self: HuggingFaceCheckpointEngine) -> Iterator[tuple[str, torch.
     """Names and tensors, each a view of its file, layer by layer; a tied LM head that is not stored comes last."""
     for name in sorted(self.checkpoint, key=natural_order):
         yield name, self.checkpoint.read(name)
-    if getattr(self.model_config, "tie_word_embeddings", False) and "lm_head.weight" not in self.checkpoint:
+    if getattr(self.model_config, "tie_word_embeddings", False) and HEAD not in self.checkpoint:
         for name in self.checkpoint:
             if name.endswith(("embed_tokens.weight", "word_embeddings.weight", "wte.weight")):
-                yield "lm_head.weight", self.checkpoint.read(name)
+                yield HEAD, self.checkpoint.read(name)
                 return
 
 

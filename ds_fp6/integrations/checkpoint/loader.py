@@ -33,9 +33,8 @@ def load_parameters(policy: InferenceV2Policy, container_map: ContainerMap) -> N
     row and column that they have in the checkpoint.
     """
     engine = policy._checkpoint_engine
-    table = SlotTable(container_map, policy.model)
     tied = bool(getattr(policy._model_config, "tie_word_embeddings", False))
-    loader = _Loader(policy.model, table, tied)
+    loader = _Loader(policy.model, SlotTable(container_map, policy.model, tied), tied)
     checkpoint = streamed_checkpoint(engine)
     if checkpoint is None:
         loader.load_in_order_of(engine.parameters())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from deepspeed.inference.v2.model_implementations.layer_container_base import La
 from deepspeed.inference.v2.model_implementations.parameter_base import ParametrizedList
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: The LM head's weight in every family.
+HEAD = "lm_head.weight"
 
 #: Tables that models recompute; old checkpoints carry them.
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
@@ -62,11 +65,20 @@ class Slot:
 
 
 class SlotTable:
-    """All slots of a model by the names of their tensors."""
+    """All slots of a model by the names of their tensors.
 
-    def __init__(self, container_map: ContainerMap, model: Any) -> None:
-        self._ignored = tuple(container_map._unmapped_prefixes)
+    ``tied``: the model's LM head is its embedding. DeepSpeed takes that for granted of OPT and maps the embedding to
+    both; an OPT that is not tied gets its own head here.
+    """
+
+    def __init__(self, container_map: ContainerMap, model: Any, tied: bool) -> None:
         non_transformer = list(_slots(container_map.non_transformer_params, [""], model))
+        if not tied:
+            shared = {name for slot in non_transformer if slot.kind == "EmbeddingParameter" for name in slot.names}
+            non_transformer = [
+                replace(slot, names=(HEAD,)) if is_head(slot) and shared & set(slot.names) else slot
+                for slot in non_transformer
+            ]
         layers = [
             list(_slots(layer, [f"{prefix}.{i}." for prefix in container_map._transformer_prefixes], model))
             for i, layer in enumerate(container_map.transformer_params)
@@ -79,6 +91,7 @@ class SlotTable:
         for slot in self.slots:
             for name in slot.names:
                 self._exact.setdefault(name, []).append(slot)
+        self._ignored = tuple(prefix for prefix in container_map._unmapped_prefixes if prefix not in self._exact)
         self._patterns = [slot for slot in self.slots if any("*" in name for name in slot.names)]
 
     def find(self, name: str) -> list[Slot] | None:
