@@ -7,10 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-#: Model types that DeepSpeed-FastGen has an implementation of.
-FAMILIES = (
-    "exaone4", "exaone4_5", "falcon", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen", "qwen2", "qwen2_moe",
-)  # fmt: skip
+from ds_fp6.integrations.deepspeed.refusals import FAMILIES
 
 
 def check_location(name: str) -> None:
@@ -63,7 +60,9 @@ def _check_config_file(directory: Path) -> None:
 def check_family(model_type: str | None, quantization: Any = None) -> None:
     """Raises ``ValueError`` for a family that FastGen does not know or a checkpoint that is quantized already."""
     if model_type not in FAMILIES:
-        raise ValueError(f"models of type {model_type!r} are not supported; supported are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model type {model_type!r} is not supported by DeepSpeed-FastGen, which runs {', '.join(FAMILIES)}"
+        )
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise ValueError(
