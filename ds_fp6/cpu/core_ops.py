@@ -42,11 +42,12 @@ def create_handle() -> None:
 def blas_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``out = x · weightᵀ``: x [..., K], weight [N, K], out [..., N], all of one dtype.
 
+    An output that is wider than N keeps its last columns: qwen2-moe's shared-expert gate has one row and asks for 8.
     fp16 goes through fp32, a slice of the weight at a time: CPUs have no fp16 arithmetic worth the name, and the
     products of fp16 numbers are exact in fp32.
     """
     x, weight = x.reshape(-1, x.shape[-1]), weight.as_subclass(torch.Tensor)
-    flat = out.view(-1, out.shape[-1])
+    flat = out.view(-1, out.shape[-1])[:, : weight.shape[0]]
     if weight.dtype != torch.float16:
         torch.mm(x, weight.t(), out=flat)
         return out

@@ -26,6 +26,7 @@ REPAIRS = (
     Repair("config-checks", "settings that the engine would ignore are refused before the checkpoint is read"),
     Repair("attention-atoms", "long prompts overran the atom buffer when max_ragged_sequence_count was small"),
     Repair("put-checks", "InferenceEngineV2.put(do_checks=True) and can_schedule raised TypeError"),
+    Repair("single-process", "build_hf_engine without a launcher asked for mpi4py"),
     Repair("buffer-cache", "the buffers of every engine ever built stayed in memory"),
     Repair("kv-memory", "the KV cache took all memory of the machine, in every rank (CPU)"),
 )

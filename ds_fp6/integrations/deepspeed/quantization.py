@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
+from contextvars import ContextVar
 
 from ds_fp6.formats import Mode
 from ds_fp6.integrations.deepspeed import models, refusals
@@ -48,15 +50,32 @@ def checked_mode(text: str | None) -> Mode | None:
     return mode
 
 
+def stand_alone(ranks: int) -> None:
+    """A process that no launcher started is its own world. DeepSpeed would ask mpi4py."""
+    import torch
+
+    if ranks == 1 and "RANK" not in os.environ and not torch.distributed.is_initialized():
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in own.items():
+            os.environ.setdefault(name, value)
+
+
 def _build_hf_engine(original, path, engine_config, *args, **kwargs):
     mode = engine_config.quantization.quantization_mode
     checked_mode(mode)
     if not os.path.exists(os.path.join(path, "ds_model_config.pkl")):
         from transformers import AutoConfig
 
+        from ds_fp6.integrations.checkpoint.location import check_location
+
+        check_location(path)
         config = AutoConfig.from_pretrained(path)
         refusals.check(config, on_cpu(), engine_config.tensor_parallel.tp_size)
         models.activation_dtype(config, mode)
+    stand_alone(engine_config.tensor_parallel.tp_size)
     return original(path, engine_config, *args, **kwargs)
 
 
@@ -66,8 +85,24 @@ def _wrap_engine_factory() -> None:
     wrap(engine_factory, "build_hf_engine", _build_hf_engine)
 
 
+#: Whether the layer that is being built stays in 16 bits whatever the mode.
+_keep_dense: ContextVar[bool] = ContextVar("keep_dense", default=False)
+
+
+def _shared_expert_gate(original, self) -> None:
+    """qwen2-moe's gate of one output. Its weight is loaded as a gate's, which no mode quantizes."""
+    token = _keep_dense.set(True)
+    try:
+        original(self)
+    finally:
+        _keep_dense.reset(token)
+
+
 def _instantiate_linear(original, linear_config, engine_config):
     mode = checked_mode(engine_config.quantization.quantization_mode)
+    if _keep_dense.get():
+        dense = engine_config.model_copy(update={"quantization": type(engine_config.quantization)()})
+        return original(linear_config, dense)
     if mode is None:
         return original(linear_config, engine_config)
     from deepspeed.inference.v2.modules.interfaces import DSLinearRegistry
@@ -94,10 +129,12 @@ def _instantiate_moe(original, moe_config, engine_config):
 
 
 def _wrap_heuristics() -> None:
+    from deepspeed.inference.v2.model_implementations.qwen_v2_moe.model import Qwen2MoeInferenceModel
     from deepspeed.inference.v2.modules import heuristics
 
     wrap(heuristics, "instantiate_linear", _instantiate_linear)
     wrap(heuristics, "instantiate_moe", _instantiate_moe)
+    wrap(Qwen2MoeInferenceModel, "make_shared_expert_gate_layer", _shared_expert_gate)
 
 
 HOOKS = (

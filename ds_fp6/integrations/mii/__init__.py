@@ -1,0 +1,44 @@
+"""MII's hooks: its pipelines without a GPU, and the defects of its scheduler and server that users would meet.
+
+``install`` is called after ``import mii``, which has hooked DeepSpeed before.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from ds_fp6.integrations import deepspeed, versions
+from ds_fp6.integrations.patching import Hook, Repair
+
+_lock = threading.Lock()
+_installed = False
+
+#: What the hooks of this package repair, as ``ds-fp6 env`` lists it.
+REPAIRS = (
+    Repair("request-checks", "empty prompts and requests beyond the model's or the KV cache's length hung or asserted"),
+    Repair("requeue", "text generated before a request lost its KV cache was missing from its response"),
+    Repair("failed-call", "a call that raised left requests behind that corrupted the next one"),
+    Repair("async-failure", "an exception in the generation thread left every client waiting for ever"),
+    Repair("ports", "a second live pipeline found ports 25555 and 29500 taken"),
+    Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
+)
+
+
+def hooks() -> tuple[Hook, ...]:
+    """Every place of MII that is hooked, in the order of installation."""
+    from ds_fp6.integrations.mii import api, pipeline, requests, stream
+
+    return api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS
+
+
+def install() -> None:
+    """Hooks MII, and DeepSpeed if need be. Idempotent. Raises ``UnsupportedVersion`` for other versions."""
+    global _installed
+    with _lock:
+        if _installed:
+            return
+        deepspeed.install()
+        versions.check("deepspeed-mii")
+        for hook in hooks():
+            hook.apply()
+        _installed = True

@@ -1,0 +1,63 @@
+"""MII's requests: which are accepted, and what becomes of one that has to give its KV cache back."""
+
+from __future__ import annotations
+
+import copy
+
+from ds_fp6.integrations.mii.pipeline import kv_capacity
+from ds_fp6.integrations.patching import Hook, wrap
+
+
+def _make_request(original, self, tid, uid, input_tokens, kwargs):
+    """Raises ``ValueError`` for a prompt without tokens, or one that leaves no room for an answer."""
+    tokens = len(input_tokens)
+    longest = min(self.max_length, kv_capacity(self.inference_engine))
+    max_length = kwargs.get("max_length", longest)
+    if tokens == 0:
+        raise ValueError("the prompt has no tokens: give it some text")
+    if max_length > longest:
+        raise ValueError(f"max_length {max_length} is more than the {longest} tokens that this pipeline can hold")
+    if tokens >= max_length:
+        raise ValueError(
+            f"the prompt has {tokens} tokens, which leaves no room for an answer within max_length {max_length}"
+        )
+    new_tokens = kwargs.get("max_new_tokens")
+    if new_tokens is not None and new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {new_tokens}")
+    return original(self, tid, uid, input_tokens, kwargs)
+
+
+def _reset_request_status(original, self) -> None:
+    """Remembers what a request had generated, which becomes part of its prompt when it starts over."""
+    holders = [r for r in self.buffer if not r.is_flush_request and r.seq_length > 0]
+    if not holders:
+        waiting = [len(r.input_tokens) for r in self.buffer if not r.is_flush_request]
+        raise RuntimeError(
+            f"no waiting request can be scheduled: prompts of {waiting} tokens, a KV cache of "
+            f"{kv_capacity(self.inference_engine)} tokens with {self.inference_engine.free_blocks} blocks free"
+        )
+    last = holders[-1]
+    last.first_prompt = getattr(last, "first_prompt", last.prompt_tokens)
+    last.earlier_tokens = getattr(last, "earlier_tokens", []) + list(last.generated_tokens)
+    original(self)
+
+
+def _generate_output(original, self, r):
+    if hasattr(r, "first_prompt"):
+        r = copy.copy(r)
+        r.prompt_tokens, r._generated_tokens = r.first_prompt, r.earlier_tokens + r.generated_tokens
+    return original(self, r)
+
+
+def _wrap_requests() -> None:
+    from mii.batching.ragged_batching import RaggedBatchBase
+
+    wrap(RaggedBatchBase, "make_request", _make_request)
+    wrap(RaggedBatchBase, "reset_request_status", _reset_request_status)
+    wrap(RaggedBatchBase, "_generate_output", _generate_output)
+
+
+HOOKS = (
+    Hook("RaggedBatchBase.{make_request,reset_request_status,_generate_output}", "request checks, requeue",
+         _wrap_requests),
+)  # fmt: skip
