@@ -40,7 +40,7 @@ class QuantizedLinear(DSLinearBase):
         activation = ActivationType(config.activation)
         self._gated = is_gated(activation)
         self._out_channels = config.out_channels * (2 if self._gated else 1)
-        self._dtype: torch.dtype = config.output_dtype.value
+        self._dtype: torch.dtype = config.output_dtype
         self._device = torch.device(get_accelerator().current_device())
         if self._gated:
             self._activation = CUDAGatedActivation(config.out_channels, self._dtype, activation)
