@@ -1,0 +1,26 @@
+"""What every test gets: as many threads as it may use, no network, and no Hugging Face cache but an empty one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+
+# Before torch and transformers read them.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+_hugging_face = tempfile.TemporaryDirectory(prefix="ds_fp6_tests_")
+os.environ["HF_HOME"] = _hugging_face.name
+
+
+def _local(host: object) -> bool:
+    return not isinstance(host, str) or host in ("", "localhost", "0.0.0.0", "::", "::1") or host.startswith("127.")
+
+
+def _refuse_network(event: str, arguments: tuple) -> None:
+    """Clients and servers of this machine may talk to each other; nothing else may be reached."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple) and not _local(arguments[1][0]):
+        raise ConnectionRefusedError(f"a test tried to connect to {arguments[1]}")
+
+
+sys.addaudithook(_refuse_network)
