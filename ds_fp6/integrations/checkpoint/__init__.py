@@ -7,6 +7,7 @@ reads whole shards                 ``loader``: tensor by tensor, parameter by pa
 copies the model into one buffer   ``memory``: each parameter moves once, when it is complete; ``flat`` lays the
                                    buffer out only to serialize
 ties embeddings for qwen2 only     ``loader``: for every family, and the LM head shares the embedding's memory
+joins parts beside their copies    ``joins``: each part goes straight to its place
 asserts, hub look-ups for paths    ``location``, ``files``, ``slots``: exceptions that name path, tensor and shapes
 =================================  ===============================================================================
 """
@@ -29,7 +30,7 @@ from deepspeed.inference.v2.model_implementations.flat_model_helpers import make
 from deepspeed.inference.v2.model_implementations.inference_model_base import DSInferenceModelBase
 from deepspeed.inference.v2.model_implementations.inference_policy_base import POLICIES, InferenceV2Policy
 
-from ds_fp6.integrations.checkpoint import flat
+from ds_fp6.integrations.checkpoint import flat, joins
 from ds_fp6.integrations.checkpoint.files import Checkpoint
 from ds_fp6.integrations.checkpoint.loader import load_parameters, natural_order
 from ds_fp6.integrations.checkpoint.location import check_family, check_location
@@ -48,6 +49,7 @@ def install() -> None:
     HuggingFaceCheckpointEngine.__init__ = _checked_init(HuggingFaceCheckpointEngine.__init__)
     HuggingFaceCheckpointEngine._fetch_checkpoint_files = _fetch_checkpoint_files
     HuggingFaceCheckpointEngine.parameters = _parameters
+    joins.install()
     InferenceV2Policy.populate_model_parameters = _populate_model_parameters
     DSInferenceModelBase.flattened_params = property(flat.flatten)
     InferenceEngineV2.serialize = flat.serialize
@@ -107,8 +109,7 @@ def _populate_model_parameters(self: InferenceV2Policy) -> None:
             type(self).__name__, container_map.transformer_params, container_map.non_transformer_params
         )
     else:
-        model = self.model
-        buffer, metadata = flat.read(self._inf_checkpoint_path, model.tp_rank, model.tp_size, model.engine_config)
+        buffer, metadata = flat.read(self._inf_checkpoint_path, self.model)
         flat.restore(container_map, buffer, metadata)
     container_map.validate()
     self.model.set_parameters(
@@ -122,8 +123,9 @@ def _populate_model_parameters(self: InferenceV2Policy) -> None:
 def _build_engine_from_ds_checkpoint(path: str, engine_config: Any, debug_level: int = 20) -> InferenceEngineV2:
     """An engine from what ``InferenceEngineV2.serialize`` wrote to the directory ``path``."""
     inference_logger(level=debug_level)
-    flat.check_serialized(path, engine_config)
-    metadata = flat.read_metadata(make_metadata_filename(path, 0, engine_config.tensor_parallel.tp_size))
+    ranks = engine_config.tensor_parallel.tp_size
+    flat.check_files(path, ranks)
+    metadata = flat.read_metadata(make_metadata_filename(path, 0, ranks))
     if metadata.policy not in POLICIES:
         raise ValueError(f"{path} was serialized by the unknown policy {metadata.policy!r}; known are {sorted(POLICIES)}")
     try:

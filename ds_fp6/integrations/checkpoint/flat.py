@@ -144,20 +144,27 @@ def serialize(engine: Any, save_path: str) -> None:
     _replace(make_metadata_filename(save_path, model.tp_rank, model.tp_size), lambda file: file.write(metadata.encode()))
     if model.tp_rank == 0:
         _replace(directory / CONFIG_FILE, lambda file: pickle.dump(model.config, file))
-        stored = json.dumps(_stored_as(engine._config), indent=2)
+        stored = json.dumps(_stored_as(model), indent=2)
         _replace(directory / QUANTIZATION_FILE, lambda file: file.write(stored.encode()))
 
 
-def read(path: str, rank: int, ranks: int, engine_config: Any) -> tuple[torch.Tensor, ModelMetadata]:
-    """This rank's buffer, on its device, and table. Raises as ``check_serialized`` does."""
-    check_serialized(path, engine_config)
-    device = torch.device(get_accelerator().current_device())
-    file = make_param_filename(path, rank, ranks)
+def read(path: str, model: Any) -> tuple[torch.Tensor, ModelMetadata]:
+    """This rank's buffer, on its device, and table.
+
+    Raises ``ValueError`` for damaged files, and where weights were quantized in another way, for another kind of
+    device or with other activations than ``model`` has.
+    """
+    wanted = _stored_as(model)
+    stored = _read_stored_as(path)
+    if stored != wanted:
+        raise ValueError(f"{path} was serialized as {stored}, this engine needs {wanted}; load the checkpoint itself")
+    metadata = read_metadata(make_metadata_filename(path, model.tp_rank, model.tp_size))
+    file = make_param_filename(path, model.tp_rank, model.tp_size)
     try:
         mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise ValueError(f"{file} ({os.path.getsize(file)} bytes) is truncated or damaged: {error}") from error
-    return parameter_memory(device).keep(mapped), read_metadata(make_metadata_filename(path, rank, ranks))
+    return parameter_memory(torch.device(get_accelerator().current_device())).keep(mapped), metadata
 
 
 def read_metadata(path: str) -> ModelMetadata:
@@ -167,38 +174,37 @@ def read_metadata(path: str) -> ModelMetadata:
         raise ValueError(f"{path} is not the metadata of a flattened model: {error}") from error
 
 
-def check_serialized(path: str, engine_config: Any) -> None:
-    """Raises unless ``path`` holds a model serialized for this tensor-parallel degree, quantization and device.
-
-    ``FileNotFoundError`` names missing files; ``ValueError`` says how the model was serialized and what is asked for.
-    """
-    ranks = engine_config.tensor_parallel.tp_size
+def check_files(path: str, ranks: int) -> None:
+    """Raises ``FileNotFoundError`` unless ``path`` holds a model serialized for a tensor-parallel degree of ``ranks``."""
     files = [make(path, rank, ranks) for rank in range(ranks) for make in (make_param_filename, make_metadata_filename)]
     missing = [os.path.basename(file) for file in files if not os.path.isfile(file)]
     if missing:
         raise FileNotFoundError(
             f"{path} holds no model serialized for a tensor-parallel degree of {ranks}: it lacks {', '.join(missing)}"
         )
-    quantization = Path(path, QUANTIZATION_FILE)
-    stored = {"quantization": None, "layout": None}
-    if quantization.is_file():
-        try:
-            stored = dict(json.loads(quantization.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{quantization} is damaged: {error}") from error
-    wanted = _stored_as(engine_config)
-    if stored != wanted:
-        raise ValueError(f"{path} was serialized as {stored}, but this engine needs {wanted}; quantize the checkpoint anew")
 
 
-def _stored_as(engine_config: Any) -> dict[str, Any]:
-    """What decides the bytes of a weight: format, group size, and the packed layout of the device."""
-    if engine_config.quantization.quantization_mode is None:
-        return {"quantization": None, "layout": None}
-    mode = Mode.parse(engine_config.quantization.quantization_mode)
+def _stored_as(model: Any) -> dict[str, str | None]:
+    """What decides the bytes of a model: the codes' format and packed layout, and the type of everything else."""
+    text = model.engine_config.quantization.quantization_mode
+    dtype = str(model.activation_dtype.value).removeprefix("torch.")
+    if text is None:
+        return {"weights": dtype, "layout": None, "activations": dtype}
+    mode = Mode.parse(text)
+    group = f" in groups of {mode.group_size}" if mode.group_size else ""
     on_cuda = torch.device(get_accelerator().current_device()).type == "cuda"
-    group = f"g{mode.group_size}" if mode.group_size else ""
-    return {"quantization": mode.format.name + group, "layout": "tiles" if on_cuda else "rows"}
+    return {"weights": f"{mode.format}{group}", "layout": "tiles" if on_cuda else "rows", "activations": dtype}
+
+
+def _read_stored_as(path: str) -> dict[str, str | None]:
+    """What ``_stored_as`` gave when ``path`` was written."""
+    file = Path(path, QUANTIZATION_FILE)
+    if not file.is_file():
+        raise ValueError(f"{path} lacks {QUANTIZATION_FILE}, which says how its weights are stored; serialize it anew")
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def _replace(path: str | Path, write: Callable[[Any], Any]) -> None:

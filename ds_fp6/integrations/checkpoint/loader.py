@@ -21,6 +21,7 @@ from deepspeed.inference.v2.model_implementations.parameter_base import Paramete
 from deepspeed.inference.v2.model_implementations.sharding.utils import get_shard_endpoints
 
 from ds_fp6.integrations.checkpoint.files import Checkpoint, abbreviate
+from ds_fp6.integrations.checkpoint.joins import FINALIZERS
 from ds_fp6.integrations.checkpoint.memory import parameter_memory
 from ds_fp6.integrations.checkpoint.slots import Slot, SlotTable, is_head
 
@@ -113,8 +114,8 @@ class _Loader:
         self._filled.add(slot)
         parts = self._parts.setdefault(key, [])
         parts.append((name, tensor))
-        # On an accelerator, parts are joined there: at its memory's bandwidth, not the host's.
-        moved = tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+        # What is joined moves while it is joined.
+        moved = tensor if type(pending) in FINALIZERS else tensor.to(self._device)
         try:
             if slot.index is None:
                 setattr(pending, slot.part, moved)
