@@ -52,13 +52,14 @@ def load(key: str) -> None:
     with _lock:
         _remove_stub(key)
         try:
-            _builder(key).load(verbose=False)
+            builder(key).load(verbose=False)
         except BaseException:
             _install_stub(key)
             raise
 
 
-def _builder(key: str) -> Any:
+def builder(key: str) -> Any:
+    """The op builder of the extension for dispatch key ``"CPU"`` or ``"CUDA"``."""
     from ds_fp6.op_builder import CPUBuilder, CUDABuilder
 
     return {"CPU": CPUBuilder, "CUDA": CUDABuilder}[key]()

@@ -126,6 +126,18 @@ class ExtensionBuilder(deepspeed_builder.OpBuilder):
         key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:12]
         return BuildDirectory(cache_root() / f"{self.NAME}-{key}", self.NAME)
 
+    def status(self) -> dict[str, Any]:
+        """``state`` (prebuilt, built, not built), ``path``, and ``missing``: what is lacking to build it here."""
+        prebuilt = self.prebuilt()
+        if prebuilt:
+            return {"state": "prebuilt", "path": str(prebuilt), "missing": []}
+        try:
+            directory = self.build_directory()
+        except RuntimeError as error:
+            return {"state": "not built", "path": None, "missing": [str(error)]}
+        state = "built" if directory.is_current(self._watched()) else "not built"
+        return {"state": state, "path": str(directory.path), "missing": self.missing()}
+
     def load(self, verbose: bool = False) -> ModuleType:
         """Loads the extension once a process. Raises ``RuntimeError`` that says what is missing to build it."""
         if self.NAME not in self._loaded_ops:

@@ -1,0 +1,37 @@
+"""Runs a benchmark by name. Each module has ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+#: Name of a command, and of its module; only the one that runs is imported.
+COMMANDS = {
+    "linear": "the FP6 linear layer against torch's, for shapes of well-known models",
+    "generate": "loading and generating with a model of any shape and random weights",
+    "perplexity": "held-out perplexity of a checkpoint in each quantization mode",
+}
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m ds_fp6.bench") -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    name = arguments[0] if arguments else None
+    if name not in COMMANDS:
+        width = max(map(len, COMMANDS))
+        listing = "\n".join(f"  {command:{width}}  {summary}" for command, summary in COMMANDS.items())
+        parser = argparse.ArgumentParser(
+            prog=program, epilog=f"commands:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below; COMMAND --help lists its options")
+        parser.parse_args(arguments)
+        return 2
+    module = importlib.import_module(f"ds_fp6.bench.{name}")
+    parser = argparse.ArgumentParser(prog=f"{program} {name}", description=COMMANDS[name])
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
