@@ -16,6 +16,7 @@ _installed = False
 
 #: What the hooks of this package repair, as ``ds-fp6 env`` lists it.
 REPAIRS = (
+    Repair("cuda-architectures", "DeepSpeed's builders died on entries of TORCH_CUDA_ARCH_LIST such as 9.0a"),
     Repair("activation-dtype", "qwen2 and qwen2-moe ran in fp16 whatever the checkpoint says"),
     Repair("norm-epsilon", "norms used epsilon 1e-5 instead of the checkpoint's"),
     Repair("rotary", "partial_rotary_factor and falcon's rope_theta were not read; CPU: fp32 frequencies throughout"),
@@ -38,9 +39,9 @@ def hooks() -> tuple[Hook, ...]:
 
 
 def _startup_hooks() -> tuple[Hook, ...]:
-    from ds_fp6.integrations.deepspeed import accelerator
+    from ds_fp6.integrations.deepspeed import accelerator, architectures
 
-    return accelerator.HOOKS
+    return accelerator.HOOKS + architectures.HOOKS
 
 
 def _engine_hooks() -> tuple[Hook, ...]:
@@ -54,6 +55,8 @@ def _engine_hooks() -> tuple[Hook, ...]:
 def install() -> None:
     """Hooks DeepSpeed. Idempotent. Raises ``UnsupportedVersion`` for a version that is not supported."""
     global _installed
+    import deepspeed  # noqa: F401  (its own post-import hook may come here first, so before the lock is taken)
+
     with _lock:
         if _installed:
             return
