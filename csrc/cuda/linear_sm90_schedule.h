@@ -1,0 +1,105 @@
+// Who computes what: tiles of y, cut along K where the number of tiles does not fill the GPU ("stream-K").
+//
+// A worker is a cluster. Every worker computes `whole` tiles alone, and the last tiles form one line of
+// (tile, step along K) that is cut into equal ranges, one a worker, in order:
+//
+//   tile      |----- t -----|---- t+1 ----|---- t+2 ----|
+//   worker    |---- 0 ---|----- 1 ----|----- 2 ----|-- 3
+//
+// The worker that has a tile's first step owns the tile; the others contribute fp32 partial sums. A worker begins with
+// the piece that another worker owns, so that the partial sum is published long before its owner, who takes the piece
+// that he owns last, asks for it. The sum runs in the order of K: deterministic.
+#pragma once
+
+namespace ds_fp6::sm90 {
+
+struct Schedule {
+    int workers;      // clusters in the grid
+    int steps;        // steps along K of a tile
+    int tiles_n;      // tiles of clusters along the channels
+    int tiles_m;      // and along the tokens
+    int group_m;      // tiles along the tokens that are taken together, so that they share weights in the L2
+    int whole;        // tiles that each worker computes alone; tile i * workers + worker
+    int range_least;  // steps in a worker's range: range_least, and one more for the first range_more workers
+    int range_more;
+
+    __host__ __device__ int range_begin(int worker) const {
+        return worker * range_least + (worker < range_more ? worker : range_more);
+    }
+};
+
+// Ranges of at least one tile, where there are that many tiles: then a tile has at most one contributor.
+inline Schedule make_schedule(int tiles_n, int tiles_m, int steps, int workers, int group_m) {
+    const int tiles = tiles_n * tiles_m;
+    const int left_over = tiles % workers;
+    const int shared = left_over == 0 ? 0 : (tiles > workers ? left_over + workers : tiles);
+    Schedule s{};
+    s.workers = workers;
+    s.steps = steps;
+    s.tiles_n = tiles_n;
+    s.tiles_m = tiles_m;
+    s.group_m = group_m;
+    s.whole = (tiles - shared) / workers;
+    s.range_least = shared * steps / workers;
+    s.range_more = shared * steps % workers;
+    return s;
+}
+
+// Steps [begin, end) of a tile.
+struct Piece {
+    int tile;
+    int begin;
+    int end;
+};
+
+#ifdef __CUDACC__
+
+struct TileOrigin {
+    int n, m;  // in tiles
+};
+
+// Groups of group_m tiles along the tokens; inside a group the tokens run fastest.
+__device__ inline TileOrigin tile_origin(const Schedule& s, int tile) {
+    const int per_group = s.group_m * s.tiles_n;
+    const int group = tile / per_group;
+    const int first_m = group * s.group_m;
+    const int rows = min(s.group_m, s.tiles_m - first_m);
+    const int inside = tile - group * per_group;
+    return {inside / rows, first_m + inside % rows};
+}
+
+// Walks a worker's pieces: the piece that an earlier worker owns, the whole tiles, the rest of the range.
+class PieceWalk {
+public:
+    __device__ PieceWalk(const Schedule& s, int worker) : s_(s), worker_(worker) {
+        at_ = s.range_begin(worker);
+        end_ = s.range_begin(worker + 1);
+        tile_ = at_ / s.steps;
+        offset_ = at_ - tile_ * s.steps;
+    }
+
+    __device__ bool next(Piece& piece) {
+        const bool contributes = offset_ != 0;
+        if (!contributes && whole_ < s_.whole) {
+            piece = {whole_ * s_.workers + worker_, 0, s_.steps};
+            ++whole_;
+            return true;
+        }
+        if (at_ >= end_) return false;
+        const int length = min(s_.steps - offset_, end_ - at_);
+        piece = {s_.whole * s_.workers + tile_, offset_, offset_ + length};
+        at_ += length;
+        ++tile_;
+        offset_ = 0;
+        return true;
+    }
+
+private:
+    const Schedule& s_;
+    int worker_, at_, end_, tile_, offset_;
+    int whole_ = 0;
+};
+
+#endif
+
+}  // namespace ds_fp6::sm90

@@ -1,0 +1,189 @@
+// Hopper's instructions, one a function: mbarriers, bulk and tensor copies, clusters, dependent launch, stmatrix.
+// Shared-memory operands are 32-bit addresses of the shared window (`shared_address`).
+#pragma once
+
+#include <cuda.h>
+#include <cstdint>
+
+namespace ds_fp6::sm90 {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarrier -------------------------------------------------------------------------------------------------------
+
+__device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialized barriers visible to the copy engine and to the other blocks of the cluster.
+__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ inline void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline uint32_t map_to_rank(uint32_t address, uint32_t rank) {
+    uint32_t mapped;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    return mapped;
+}
+
+// `barrier` is an address from map_to_rank.
+// NOTE: no scope is spelled out: `.release.cluster` costs a fence of the whole GPU before every arrival.
+__device__ inline void barrier_arrive_cluster(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+    while (!barrier_try_wait(barrier, parity)) {
+    }
+}
+
+// ---- copies into shared memory --------------------------------------------------------------------------------------
+
+__device__ inline uint64_t policy_evict_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ inline uint64_t policy_evict_last() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// bytes: a multiple of 16; source and target 16-byte aligned.
+__device__ inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier,
+                                 uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            target),
+        "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// Lands at the same offset, and signals the barrier at the same offset, in every block of `ranks`.
+__device__ inline void bulk_copy_multicast(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier,
+                                           uint16_t ranks, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4, %5;" ::"r"(target),
+        "l"(source), "r"(bytes), "r"(barrier), "h"(ranks), "l"(policy)
+        : "memory");
+}
+
+__device__ inline void tensor_prefetch(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier,
+                                   uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ inline void tensor_copy_multicast(uint32_t target, const CUtensorMap* map, int column, int row,
+                                             uint32_t barrier, uint16_t ranks, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks), "l"(policy)
+        : "memory");
+}
+
+// ---- shared memory and registers ------------------------------------------------------------------------------------
+
+__device__ inline uint4 load_shared_16(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address));
+    return v;
+}
+
+__device__ inline uint2 load_shared_8(uint32_t address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
+
+// Stores four 8x8 matrices transposed; lane 8q + r holds the address of row r of matrix q.
+__device__ inline void store_matrix_transposed_4(uint32_t row, uint32_t q0, uint32_t q1, uint32_t q2, uint32_t q3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(q0), "r"(q1),
+                 "r"(q2), "r"(q3)
+                 : "memory");
+}
+
+__device__ inline void store_matrix_transposed_2(uint32_t row, uint32_t q0, uint32_t q1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(q0), "r"(q1)
+                 : "memory");
+}
+
+template <int kRegisters>
+__device__ inline void registers_increase() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void registers_decrease() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- threads, clusters, grids ---------------------------------------------------------------------------------------
+
+// Barrier `id` (1..15; 0 is __syncthreads') among `threads` threads.
+__device__ inline void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Orders threads, not their writes to global memory: those would cost a fence of the whole GPU.
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Programmatic dependent launch: returns once every earlier kernel of the stream has finished and flushed.
+__device__ inline void wait_for_earlier_grids() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Programmatic dependent launch: the next kernel may take free SMs from here on.
+__device__ inline void launch_later_grids() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ inline uint32_t load_acquire(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ inline void store_release(uint32_t* address, uint32_t value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+}  // namespace ds_fp6::sm90
