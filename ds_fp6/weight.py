@@ -92,17 +92,15 @@ class PackedWeight:
         state = {name: tensor.to(device) for name, tensor in self.state_dict().items()}
         return self.from_state_dict(state)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Three tensors: ``packed`` in the canonical layout whatever the device, ``scales``, and ``header``.
+    @property
+    def header(self) -> torch.Tensor:
+        """What the tensors do not say: int64 [4] on the CPU, exponent bits, mantissa bits, group size, K."""
+        return torch.tensor([self.format.exponent_bits, self.format.mantissa_bits, self.group_size, self.in_features])
 
-        ``header`` is int64 [4] on the CPU: exponent bits, mantissa bits, group size, K.
-        """
-        fmt = self.format
-        return {
-            "packed": to_canonical(self.packed, fmt.bits, *self.shape),
-            "scales": self.scales,
-            "header": torch.tensor([fmt.exponent_bits, fmt.mantissa_bits, self.group_size, self.in_features]),
-        }
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Three tensors: ``packed`` in the canonical layout whatever the device, ``scales``, and ``header``."""
+        packed = to_canonical(self.packed, self.format.bits, *self.shape)
+        return {"packed": packed, "scales": self.scales, "header": self.header}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, torch.Tensor]) -> PackedWeight:

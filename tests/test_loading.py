@@ -134,7 +134,8 @@ def test_tied_embeddings(family, tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     engine = load(tmp_path)
     outer = engine.model()._non_transformer
-    assert getattr(outer, "word_unembed", getattr(outer, "word_unembed_w", None)).data_ptr() == outer.word_emb.data_ptr()
+    head = outer.word_unembed if hasattr(outer, "word_unembed") else outer.word_unembed_w
+    assert head.data_ptr() == outer.word_emb.data_ptr()
     expected = model.generate(PROMPT[None], max_new_tokens=4, do_sample=False)[:, len(PROMPT) :]
     assert torch.equal(generate(engine, [PROMPT], 4)[0], expected)
 

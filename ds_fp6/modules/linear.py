@@ -23,7 +23,7 @@ class QuantizedLinear(DSLinearBase):
 
     Parameters are quantized and packed by ``transform_param`` while the checkpoint loads, one at a time, on the
     device that will use them. What is kept of a weight is an ``InferenceParameter`` of the packed uint8 codes
-    with the auxiliary tensor ``scales``; format and group size are the module's.
+    with the auxiliary tensors ``scales``, and ``header`` by which a serialized model can be moved to another device.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class QuantizedLinear(DSLinearBase):
         if tuple(param.shape) != expected:
             raise ValueError(f"a weight of this layer is {list(expected)}, got {list(param.shape)}")
         weight = PackedWeight.from_dense(param.to(self._device), self._mode)
-        return InferenceParameter.initialize(weight.packed, scales=weight.scales)
+        return InferenceParameter.initialize(weight.packed, scales=weight.scales, header=weight.header)
 
     def forward(self, hidden_states: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
         """[..., in] → [..., out]; ``w`` and ``b`` are what ``transform_param`` returned."""

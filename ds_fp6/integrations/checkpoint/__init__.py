@@ -127,7 +127,7 @@ def _build_engine_from_ds_checkpoint(path: str, engine_config: Any, debug_level:
     flat.check_files(path, ranks)
     metadata = flat.read_metadata(make_metadata_filename(path, 0, ranks))
     if metadata.policy not in POLICIES:
-        raise ValueError(f"{path} was serialized by the unknown policy {metadata.policy!r}; known are {sorted(POLICIES)}")
+        raise ValueError(f"{path} was serialized by an unknown policy, {metadata.policy!r}, not by {sorted(POLICIES)}")
     try:
         model_config = pickle.loads(Path(path, flat.CONFIG_FILE).read_bytes())
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:

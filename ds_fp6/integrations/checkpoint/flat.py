@@ -1,7 +1,8 @@
 """DeepSpeed's flattened model: one uint8 buffer, and a table of what lies where in it.
 
-Only serialization needs the buffer, so it is laid out when it is asked for and never stands beside a model that is
-being loaded. Files and tables are DeepSpeed's own, plus ``ds_fp6.json``, which says how the weights are quantized.
+Only serialization needs the buffer, so it is laid out when it is asked for, on the host, and never stands beside a
+model that is being loaded. Files and tables are DeepSpeed's own, plus ``ds_fp6.json``, which says how the weights are
+quantized. Packed weights are stored in the canonical layout, so that what a GPU wrote loads on a CPU and vice versa.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ from deepspeed.inference.v2.model_implementations.flat_model_helpers import (
 from deepspeed.inference.v2.model_implementations.inference_policy_base import ContainerMap
 from deepspeed.inference.v2.model_implementations.layer_container_base import LayerContainer
 
-from ds_fp6.formats import Mode
+from ds_fp6.formats import Format, Mode
 from ds_fp6.integrations.checkpoint.memory import aligned, parameter_memory, view_at
+from ds_fp6.pack import row_bytes, to_canonical, to_device_layout
 
 CONFIG_FILE = "ds_model_config.pkl"
 QUANTIZATION_FILE = "ds_fp6.json"
+
+#: The auxiliary tensors of a packed weight, as ``modules.linear`` names them.
+SCALES, HEADER = "scales", "header"
 
 #: Where a parameter is absent: a bias that another tensor-parallel rank adds.
 ABSENT = -1
@@ -49,18 +54,15 @@ def named_containers(
 def describe(policy_name: str, transformer: list[LayerContainer], non_transformer: LayerContainer) -> ModelMetadata:
     """The table of a loaded model. A tensor that two parameters share has one place."""
     metadata = ModelMetadata(policy=policy_name)
-    places: dict[tuple[int, int], int] = {}
+    places: dict[tuple[int, torch.Size], int] = {}
     end = 0
 
-    def place(tensor: torch.Tensor) -> TensorMetadata:
+    def place(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorMetadata:
         nonlocal end
-        size = tensor.numel() * tensor.element_size()
-        offset = places.setdefault((tensor.data_ptr(), size), end) if size else end
+        offset = places.setdefault((tensor.data_ptr(), tensor.shape), end) if tensor.numel() else end
         if offset == end:
-            end += aligned(size)
-        return TensorMetadata(
-            dtype=str(tensor.dtype), shape=tuple(tensor.shape), strides=tensor.stride(), offset=offset
-        )
+            end += aligned(torch.Size(shape).numel() * tensor.element_size())
+        return TensorMetadata(dtype=str(tensor.dtype), shape=tuple(shape), strides=tuple(strides), offset=offset)
 
     for container_name, container in named_containers(transformer, non_transformer):
         layer = LayerMetadata()
@@ -69,12 +71,24 @@ def describe(policy_name: str, transformer: list[LayerContainer], non_transforme
             if parameter is None:
                 layer.params[name] = ParameterMetadata(core_param=TensorMetadata(offset=ABSENT))
                 continue
+            core, aux = parameter.as_subclass(torch.Tensor), parameter.aux_attrs
+            shape, strides = core.shape, core.stride()
+            if HEADER in aux:
+                bits, in_features = _packing(aux[HEADER])
+                shape = (len(aux[SCALES]), row_bytes(in_features, bits))
+                strides = (shape[1], 1)
             layer.params[name] = ParameterMetadata(
-                core_param=place(parameter.as_subclass(torch.Tensor)),
-                aux_params={key: place(tensor) for key, tensor in parameter.aux_attrs.items()},
+                core_param=place(core, shape, strides),
+                aux_params={key: place(tensor, tensor.shape, tensor.stride()) for key, tensor in aux.items()},
             )
         metadata.layers[container_name] = layer
     return metadata
+
+
+def _packing(header: torch.Tensor) -> tuple[int, int]:
+    """Bits of a code and K, of ``PackedWeight.header``."""
+    exponent_bits, mantissa_bits, _group_size, in_features = header.tolist()
+    return Format(exponent_bits, mantissa_bits).bits, in_features
 
 
 def buffer_bytes(metadata: ModelMetadata) -> int:
@@ -101,25 +115,43 @@ def flatten(model: Any) -> torch.Tensor:
     for container_name, container in named_containers(model._transformer, model._non_transformer):
         for name, places in metadata.layers[container_name].params.items():
             parameter = getattr(container, name)
-            if parameter is not None:
-                copy(parameter.as_subclass(torch.Tensor), places.core_param)
-                for key, tensor in parameter.aux_attrs.items():
-                    copy(tensor, places.aux_params[key])
+            if parameter is None:
+                continue
+            core, aux = parameter.as_subclass(torch.Tensor), parameter.aux_attrs
+            if HEADER in aux:
+                bits, in_features = _packing(aux[HEADER])
+                core = to_canonical(core, bits, len(aux[SCALES]), in_features)
+            copy(core, places.core_param)
+            for key, tensor in aux.items():
+                copy(tensor, places.aux_params[key])
     return buffer
 
 
 def restore(container_map: ContainerMap, buffer: torch.Tensor, metadata: ModelMetadata) -> None:
-    """Fills the containers with views of ``buffer``. Raises ``ValueError`` for a buffer or a table cut short."""
+    """Fills the containers from ``buffer`` on the host, parameter by parameter.
+
+    Raises ``ValueError`` for a buffer or a table cut short.
+    """
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < buffer_bytes(metadata):
         raise ValueError(
             f"the flattened parameters are {buffer.dtype} {list(buffer.shape)}, "
             f"their metadata describes uint8 [{buffer_bytes(metadata)}]"
         )
+    device = torch.device(get_accelerator().current_device())
+    memory = parameter_memory(device)
+    kept: dict[tuple[int, torch.Size], torch.Tensor] = {}
 
-    def tensor_at(place: TensorMetadata) -> torch.Tensor:
+    def stored(place: TensorMetadata) -> torch.Tensor:
         return view_at(buffer, place.offset, STR_TO_DTYPE[place.dtype], place.shape, place.strides)
 
-    for container_name, container in named_containers(container_map.transformer_params, container_map.non_transformer_params):
+    def keep(place: TensorMetadata, tensor: torch.Tensor) -> torch.Tensor:
+        key = place.offset, tensor.shape
+        if key not in kept:
+            kept[key] = memory.keep(tensor)
+        return kept[key]
+
+    containers = named_containers(container_map.transformer_params, container_map.non_transformer_params)
+    for container_name, container in containers:
         layer = metadata.layers.get(container_name, LayerMetadata())
         for name in container.annotation_attrs:
             places = layer.params.get(name)
@@ -128,8 +160,12 @@ def restore(container_map: ContainerMap, buffer: torch.Tensor, metadata: ModelMe
             if places.core_param.offset == ABSENT:
                 container.direct_injection(name, None)
                 continue
-            aux = {key: tensor_at(place) for key, place in places.aux_params.items()}
-            container.direct_injection(name, InferenceParameter.initialize(tensor_at(places.core_param), **aux))
+            core = stored(places.core_param)
+            aux = {key: stored(place) for key, place in places.aux_params.items()}
+            if HEADER in aux:
+                core = to_device_layout(core.to(device), *_packing(aux[HEADER]))
+            aux = {key: keep(places.aux_params[key], tensor) for key, tensor in aux.items()}
+            container.direct_injection(name, InferenceParameter.initialize(keep(places.core_param, core), **aux))
 
 
 def serialize(engine: Any, save_path: str) -> None:
@@ -139,9 +175,10 @@ def serialize(engine: Any, save_path: str) -> None:
     """
     model, directory = engine._model, Path(save_path)
     directory.mkdir(parents=True, exist_ok=True)
+    rank = model.tp_rank, model.tp_size
     metadata = json.dumps(model.flattened_param_metadata.model_dump_json())
-    _replace(make_param_filename(save_path, model.tp_rank, model.tp_size), lambda file: torch.save(flatten(model), file))
-    _replace(make_metadata_filename(save_path, model.tp_rank, model.tp_size), lambda file: file.write(metadata.encode()))
+    _replace(make_param_filename(save_path, *rank), lambda file: torch.save(flatten(model), file))
+    _replace(make_metadata_filename(save_path, *rank), lambda file: file.write(metadata.encode()))
     if model.tp_rank == 0:
         _replace(directory / CONFIG_FILE, lambda file: pickle.dump(model.config, file))
         stored = json.dumps(_stored_as(model), indent=2)
@@ -149,10 +186,10 @@ def serialize(engine: Any, save_path: str) -> None:
 
 
 def read(path: str, model: Any) -> tuple[torch.Tensor, ModelMetadata]:
-    """This rank's buffer, on its device, and table.
+    """This rank's buffer, mapped from its file, and table.
 
-    Raises ``ValueError`` for damaged files, and where weights were quantized in another way, for another kind of
-    device or with other activations than ``model`` has.
+    Raises ``ValueError`` for damaged files, and where weights were quantized in another way or serialized with other
+    activations than ``model`` has.
     """
     wanted = _stored_as(model)
     stored = _read_stored_as(path)
@@ -164,7 +201,7 @@ def read(path: str, model: Any) -> tuple[torch.Tensor, ModelMetadata]:
         mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise ValueError(f"{file} ({os.path.getsize(file)} bytes) is truncated or damaged: {error}") from error
-    return parameter_memory(torch.device(get_accelerator().current_device())).keep(mapped), metadata
+    return mapped, metadata
 
 
 def read_metadata(path: str) -> ModelMetadata:
@@ -175,7 +212,7 @@ def read_metadata(path: str) -> ModelMetadata:
 
 
 def check_files(path: str, ranks: int) -> None:
-    """Raises ``FileNotFoundError`` unless ``path`` holds a model serialized for a tensor-parallel degree of ``ranks``."""
+    """Raises ``FileNotFoundError`` unless ``path`` holds a model serialized for ``ranks`` tensor-parallel ranks."""
     files = [make(path, rank, ranks) for rank in range(ranks) for make in (make_param_filename, make_metadata_filename)]
     missing = [os.path.basename(file) for file in files if not os.path.isfile(file)]
     if missing:
@@ -184,19 +221,18 @@ def check_files(path: str, ranks: int) -> None:
         )
 
 
-def _stored_as(model: Any) -> dict[str, str | None]:
-    """What decides the bytes of a model: the codes' format and packed layout, and the type of everything else."""
+def _stored_as(model: Any) -> dict[str, str]:
+    """What decides the bytes of a model: the codes' format and groups, and the type of everything else."""
     text = model.engine_config.quantization.quantization_mode
     dtype = str(model.activation_dtype.value).removeprefix("torch.")
     if text is None:
-        return {"weights": dtype, "layout": None, "activations": dtype}
+        return {"weights": dtype, "activations": dtype}
     mode = Mode.parse(text)
     group = f" in groups of {mode.group_size}" if mode.group_size else ""
-    on_cuda = torch.device(get_accelerator().current_device()).type == "cuda"
-    return {"weights": f"{mode.format}{group}", "layout": "tiles" if on_cuda else "rows", "activations": dtype}
+    return {"weights": f"{mode.format}{group}", "activations": dtype}
 
 
-def _read_stored_as(path: str) -> dict[str, str | None]:
+def _read_stored_as(path: str) -> dict[str, str]:
     """What ``_stored_as`` gave when ``path`` was written."""
     file = Path(path, QUANTIZATION_FILE)
     if not file.is_file():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.inference.v2.model_implementations.common_parameters import mlp_parameters, moe_parameters, qkv_parameters
+from deepspeed.inference.v2.model_implementations import common_parameters
 
 
 def join_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -80,12 +80,12 @@ def _mlp_2_experts(self) -> torch.Tensor:
 
 #: How the parameters that are joined here are finished, by class.
 FINALIZERS = {
-    qkv_parameters.UnfusedQKVParameter: _qkv,
-    mlp_parameters.GatedMLPParameter: _gated,
-    mlp_parameters.FusedGatedMLPParameter: _fused_gated,
-    moe_parameters.UnfusedMoEGatedMLPParameter: _gated_experts,
-    moe_parameters.UnfusedMoEMLP1Parameter: _mlp_1_experts,
-    moe_parameters.UnfusedMoEMLP2Parameter: _mlp_2_experts,
+    common_parameters.UnfusedQKVParameter: _qkv,
+    common_parameters.GatedMLPParameter: _gated,
+    common_parameters.FusedGatedMLPParameter: _fused_gated,
+    common_parameters.UnfusedMoEGatedMLPParameter: _gated_experts,
+    common_parameters.UnfusedMoEMLP1Parameter: _mlp_1_experts,
+    common_parameters.UnfusedMoEMLP2Parameter: _mlp_2_experts,
 }
 
 

@@ -59,7 +59,9 @@ class Slot:
             len(shape) != len(self.shape) or any(want not in (None, got) for want, got in zip(self.shape, shape))
         ):
             expected = ", ".join("?" if size is None else str(size) for size in self.shape)
-            raise ValueError(f"{name} must be [{expected}] by the model's configuration, the checkpoint's is {list(shape)}")
+            raise ValueError(
+                f"{name} must be [{expected}] by the model's configuration, the checkpoint's is {list(shape)}"
+            )
         if dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name} is stored as {dtype}; weights are read from float32, float16 or bfloat16")
 
