@@ -35,8 +35,7 @@ struct CodeReader {
         shifts = _mm512_load_si512(shift);
     }
 
-    DS_FP6_INLINE __m512i read(const uint8_t* codes, const uint8_t* row_end) const {
-        const int64_t left = row_end - codes;
+    DS_FP6_INLINE __m512i read(const uint8_t* codes, int64_t left) const {
         const __m512i run = _mm512_maskz_loadu_epi8(first_lanes(left < size ? left : size), codes);
         return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, run));
     }

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -17,7 +18,10 @@ void FormatSpec::values(float table[256]) const {
         const int exponent = magnitude >> mantissa_bits;
         const int mantissa = magnitude & ((1 << mantissa_bits) - 1);
         const int significand = exponent ? (1 << mantissa_bits) + mantissa : mantissa;
-        const float value = std::ldexp(float(significand), (exponent ? exponent : 1) - bias() - mantissa_bits);
+        const uint32_t power = uint32_t(127 + (exponent ? exponent : 1) - bias() - mantissa_bits) << 23;
+        float value;
+        std::memcpy(&value, &power, sizeof(value));
+        value *= float(significand);
         table[i] = i & magnitudes ? -value : value;
     }
 }

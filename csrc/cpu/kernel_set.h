@@ -28,11 +28,12 @@ struct RunLinear {
             const int64_t end = t1 * plan.n_tile < n ? t1 * plan.n_tile : n;
             return dot_task<Isa>(problem, plan, x, t0 * plan.n_tile, end);
         }
+        const typename Isa::Expander expander(problem.weight.format);
         const int64_t n_tiles = ceil_div(n, plan.n_tile);
         for (int64_t t = t0; t < t1; ++t) {
             const int64_t m0 = t / n_tiles * plan.m_tile;
             const int64_t m1 = m0 + plan.m_tile < problem.m ? m0 + plan.m_tile : problem.m;
-            Panel<Isa>::task(problem, plan, x, t % n_tiles * plan.n_tile, m0, m1);
+            Panel<Isa>::task(problem, plan, expander, x, t % n_tiles * plan.n_tile, m0, m1);
         }
     }
 };
@@ -54,7 +55,7 @@ struct Dequantize {
             const uint8_t* row = w.packed + n * row_bytes;
             for (int64_t c = 0; c < chunks; ++c) {
                 typename Isa::Weights weights[Isa::kVectors];
-                expander.expand(row + c * chunk_bytes, row + row_bytes, weights);
+                expander.expand(row + c * chunk_bytes, row_bytes - c * chunk_bytes, weights);
                 for (int j = 0; j < Isa::kVectors; ++j)
                     Isa::store_sum(values + c * Isa::kChunk + j * Isa::kLanes, weights[j]);
             }

@@ -90,13 +90,13 @@ struct Avx2Fp32 {
         }
         float scale() const { return power; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, const uint8_t* row_end, Weights out[kVectors]) const {
+        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
             __m128i run;
-            if (row_end - codes >= 16) {
+            if (left >= 16) {
                 run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
             } else {
                 alignas(16) uint8_t last[16] = {};
-                for (int i = 0; i < row_end - codes; ++i) last[i] = codes[i];
+                for (int i = 0; i < left; ++i) last[i] = codes[i];
                 run = _mm_load_si128(reinterpret_cast<const __m128i*>(last));
             }
             __m256i lanes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(run), bytes);
@@ -156,9 +156,8 @@ struct Avx2Fp32 {
         }
     }
 
-    static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t row_bytes,
-                            int64_t chunks, uint32_t* tile) {
-        constexpr int kPanel = kTileVectors * kLanes;
+    static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t left,
+                            int64_t chunks, int64_t ahead, uint32_t* tile) {
         float* out = reinterpret_cast<float*>(tile);
         for (int v = 0; v < kTileVectors; ++v)
             for (int64_t c = 0; c < chunks; ++c) {
@@ -166,13 +165,15 @@ struct Avx2Fp32 {
                 for (int r = 0; r < 8; ++r) {
                     const uint8_t* row = rows[v * 8 + r];
                     Weights weights[kVectors];
-                    expander.expand(row + offset + c * 2 * expander.bits, row + row_bytes, weights);
+                    const uint8_t* from = row + offset + c * 2 * expander.bits;
+                    if (c % 4 == 0) __builtin_prefetch(from + ahead, 0, 2);
+                    expander.expand(from, left - c * 2 * expander.bits, weights);
                     half[0][r] = weights[0];
                     half[1][r] = weights[1];
                 }
                 for (int h = 0; h < 2; ++h) {
                     transpose(half[h]);
-                    for (int i = 0; i < 8; ++i) store_sum(out + (c * kChunk + h * 8 + i) * kPanel + v * 8, half[h][i]);
+                    for (int i = 0; i < 8; ++i) store_sum(out + (v * kTileUnits + c * kChunk + h * 8 + i) * kLanes, half[h][i]);
                 }
             }
     }

@@ -43,8 +43,8 @@ struct VbmiFp32 : Avx512Fp32Math {
             : reader(format.bits(), CodeOrder::kFp32), natural(format.bits(), CodeOrder::kNatural), tables(format) {}
         float scale() const { return 1.0f; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, const uint8_t* row_end, Weights out[kVectors]) const {
-            const __m512i read = reader.read(codes, row_end), zero = _mm512_setzero_si512();
+        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
+            const __m512i read = reader.read(codes, left), zero = _mm512_setzero_si512();
             const __m512i lower = tables.lower_bytes(read), upper = tables.upper_bytes(read);
             const __m512i low = _mm512_unpacklo_epi8(lower, upper), high = _mm512_unpackhi_epi8(lower, upper);
             out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, low));
@@ -56,11 +56,11 @@ struct VbmiFp32 : Avx512Fp32Math {
 
     static constexpr int dot_rows(int m) { return m <= 2 ? 4 : 2; }
 
-    // tile[pair, 2, kPanel]: the two fp32 of a pair of codes in neighbouring rows.
+    // A pair of codes along K as two units of fp32.
     static DS_FP6_INLINE void store_pair(uint32_t* tile, int64_t pair, __m512i bf16_pairs) {
         const __m512i second = _mm512_set1_epi32(int(0xffff0000));
-        _mm512_storeu_si512(tile + 2 * pair * kPanel, _mm512_slli_epi32(bf16_pairs, 16));
-        _mm512_storeu_si512(tile + (2 * pair + 1) * kPanel, _mm512_and_si512(bf16_pairs, second));
+        _mm512_storeu_si512(tile + 2 * pair * kLanes, _mm512_slli_epi32(bf16_pairs, 16));
+        _mm512_storeu_si512(tile + (2 * pair + 1) * kLanes, _mm512_and_si512(bf16_pairs, second));
     }
 };
 
@@ -78,15 +78,15 @@ struct VbmiBf16 : Avx512Sum {
             : reader(format.bits(), CodeOrder::kBf16), natural(format.bits(), CodeOrder::kNatural), tables(format) {}
         float scale() const { return 1.0f; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, const uint8_t* row_end, Weights out[kVectors]) const {
-            const __m512i read = reader.read(codes, row_end);
+        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
+            const __m512i read = reader.read(codes, left);
             const __m512i lower = tables.lower_bytes(read), upper = tables.upper_bytes(read);
             out[0] = _mm512_unpacklo_epi8(lower, upper);
             out[1] = _mm512_unpackhi_epi8(lower, upper);
         }
     };
 
-    static constexpr int dot_rows(int) { return 4; }
+    static constexpr int dot_rows(int m) { return m <= 4 ? 4 : 2; }
 
     static DS_FP6_INLINE Weights load_tile(const uint32_t* tile) { return _mm512_loadu_si512(tile); }
     static DS_FP6_INLINE Weights broadcast(const uint32_t* x) { return _mm512_set1_epi32(int(*x)); }
@@ -97,9 +97,9 @@ struct VbmiBf16 : Avx512Sum {
         return multiply_add(sum, w, load_tile(x));
     }
 
-    // tile[pair, kPanel]: the two bf16 of a pair of codes in one unit.
+    // A pair of codes along K as one unit of two bf16.
     static DS_FP6_INLINE void store_pair(uint32_t* tile, int64_t pair, __m512i bf16_pairs) {
-        _mm512_storeu_si512(tile + pair * kPanel, bf16_pairs);
+        _mm512_storeu_si512(tile + pair * kLanes, bf16_pairs);
     }
 };
 
@@ -107,7 +107,7 @@ struct VbmiBf16 : Avx512Sum {
 template <class Isa>
 struct VbmiTile : Isa {
     static void expand_tile(const typename Isa::Expander& expander, const uint8_t* const* rows, int64_t offset,
-                            int64_t row_bytes, int64_t chunks, uint32_t* tile) {
+                            int64_t left, int64_t chunks, int64_t ahead, uint32_t* tile) {
         const CodeReader reader = expander.natural;
         const auto tables = expander.tables;
         for (int v = 0; v < Isa::kTileVectors; ++v)
@@ -116,15 +116,23 @@ struct VbmiTile : Isa {
 #pragma GCC unroll 16
                 for (int r = 0; r < 16; ++r) {
                     const uint8_t* row = rows[v * 16 + r];
-                    codes[r] = reader.read(row + offset + c * reader.size, row + row_bytes);
+                    const uint8_t* from = row + offset + c * reader.size;
+                    __builtin_prefetch(from + ahead, 0, 2);
+                    codes[r] = reader.read(from, left - c * reader.size);
                 }
-                transpose_pairs(codes);
-#pragma GCC unroll 16
-                for (int t = 0; t < 16; ++t) {
-                    const __m512i lower = tables.lower_bytes(codes[t]), upper = tables.upper_bytes(codes[t]);
-                    uint32_t* out = tile + v * Isa::kLanes;
-                    Isa::store_pair(out, c * 32 + 2 * t, _mm512_unpacklo_epi8(lower, upper));
-                    Isa::store_pair(out, c * 32 + 2 * t + 1, _mm512_unpackhi_epi8(lower, upper));
+                __m512i quads[4][4];
+                interleave_rows(codes, quads);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) {
+                    __m512i couples[4];
+                    transpose_lanes(quads[j], couples);
+#pragma GCC unroll 4
+                    for (int l = 0; l < 4; ++l) {
+                        const __m512i lower = tables.lower_bytes(couples[l]), upper = tables.upper_bytes(couples[l]);
+                        const int64_t pair = c * 32 + 2 * (4 * l + j);
+                        Isa::store_pair(tile + v * kTileUnits * Isa::kLanes, pair, _mm512_unpacklo_epi8(lower, upper));
+                        Isa::store_pair(tile + v * kTileUnits * Isa::kLanes, pair + 1, _mm512_unpackhi_epi8(lower, upper));
+                    }
                 }
             }
     }

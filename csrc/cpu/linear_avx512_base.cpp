@@ -69,8 +69,8 @@ struct BaseFp32 : Avx512Fp32Math {
         }
         float scale() const { return power; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, const uint8_t* row_end, Weights out[kVectors]) const {
-            const int64_t left = row_end - codes, size = 4 * bits;
+        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
+            const int64_t size = 4 * bits;
             const __m512i run = _mm512_maskz_loadu_epi8(first_lanes(left < size ? left : size), codes);
             __m512i lanes = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, run), bytes);
             lanes = _mm512_sllv_epi16(lanes, shifts);
@@ -88,8 +88,8 @@ struct BaseFp32 : Avx512Fp32Math {
 
     static constexpr int dot_rows(int m) { return m <= 2 ? 4 : 2; }
 
-    static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t row_bytes,
-                            int64_t chunks, uint32_t* tile) {
+    static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t left,
+                            int64_t chunks, int64_t ahead, uint32_t* tile) {
         float* out = reinterpret_cast<float*>(tile);
         for (int v = 0; v < kTileVectors; ++v)
             for (int64_t c = 0; c < chunks; ++c) {
@@ -97,14 +97,16 @@ struct BaseFp32 : Avx512Fp32Math {
                 for (int r = 0; r < 16; ++r) {
                     const uint8_t* row = rows[v * 16 + r];
                     Weights weights[kVectors];
-                    expander.expand(row + offset + c * 4 * expander.bits, row + row_bytes, weights);
+                    const uint8_t* from = row + offset + c * 4 * expander.bits;
+                    if (c % 2 == 0) __builtin_prefetch(from + ahead, 0, 2);
+                    expander.expand(from, left - c * 4 * expander.bits, weights);
                     half[0][r] = weights[0];
                     half[1][r] = weights[1];
                 }
                 for (int h = 0; h < 2; ++h) {
                     transpose_floats(half[h]);
                     for (int i = 0; i < 16; ++i)
-                        store_sum(out + (c * kChunk + h * 16 + i) * kPanel + v * kLanes, half[h][i]);
+                        store_sum(out + (v * kTileUnits + c * kChunk + h * 16 + i) * kLanes, half[h][i]);
                 }
             }
     }

@@ -5,8 +5,8 @@
 //   Weights, Sum            registers of expanded weights, of fp32 sums (Sum: kLanes floats)
 //   kVectors                Weights in a chunk; a chunk is kVectors * kLanes units of 4 bytes: one fp32 or two bf16
 //   kChunk                  codes in a chunk; a multiple of 8, so that a chunk is whole bytes at every width
-//   Expander(FormatSpec)    constants, kept in registers; expand(codes, row_end, Weights[kVectors]) reads a chunk,
-//                           taking bytes from row_end on as zeros; the weights are its values times 1 / scale()
+//   Expander(FormatSpec)    constants, kept in registers; expand(codes, left, Weights[kVectors]) reads a chunk,
+//                           of which the row has `left` bytes or all; the weights are its values times 1 / scale()
 //   dot_rows(rows of x)     rows of W taken together, so that one load of x serves them all
 //   multiply_add(sum, weights, const uint32_t* x), zero(), total(sum), scaled_add(sum, addend, scale)
 #pragma once
@@ -52,7 +52,7 @@ void dot_rows(const LinearProblem& p, const uint32_t* x, int64_t ldx, int64_t m0
                     const uint8_t* codes = row[r] + c * chunk_bytes;
                     // The rows that this thread takes next lie kRows rows on.
                     __builtin_prefetch(codes + kRows * row_bytes);
-                    expander.expand(codes, row[r] + row_bytes, weights);
+                    expander.expand(codes, row_bytes - c * chunk_bytes, weights);
 #pragma GCC unroll 8
                     for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 8
@@ -77,16 +77,13 @@ void dot_rows(const LinearProblem& p, const uint32_t* x, int64_t ldx, int64_t m0
     }
 }
 
-constexpr int kMaxDotRows = 4;
+// Beyond, the rows of x no longer fit in L1 beside the weights.
+constexpr int kMaxDotRows = 6;
 
-template <class Isa>
+template <class Isa, int kM = kMaxDotRows>
 void dot_task(const LinearProblem& p, const LinearPlan& plan, const uint32_t* x, int64_t n0, int64_t n1) {
-    switch (p.m) {
-        case 1: return dot_rows<Isa, 1>(p, x, plan.ldx, 0, n0, n1);
-        case 2: return dot_rows<Isa, 2>(p, x, plan.ldx, 0, n0, n1);
-        case 3: return dot_rows<Isa, 3>(p, x, plan.ldx, 0, n0, n1);
-        default: return dot_rows<Isa, 4>(p, x, plan.ldx, 0, n0, n1);
-    }
+    if (p.m == kM) return dot_rows<Isa, kM>(p, x, plan.ldx, 0, n0, n1);
+    if constexpr (kM > 1) return dot_task<Isa, kM - 1>(p, plan, x, n0, n1);
 }
 
 }  // namespace

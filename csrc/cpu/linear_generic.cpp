@@ -30,9 +30,8 @@ struct GenericFp32 {
         explicit Expander(const FormatSpec& format) : bits(format.bits()) { format.values(table); }
         float scale() const { return 1.0f; }
 
-        void expand(const uint8_t* codes, const uint8_t* row_end, Weights out[kVectors]) const {
-            const int64_t left = row_end - codes;
-            uint64_t run = 0;
+        void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
+                uint64_t run = 0;
             for (int b = 0; b < bits && b < left; ++b) run |= uint64_t(codes[b]) << (8 * b);
             for (int i = 0; i < kChunk; ++i) out[i / kLanes][i % kLanes] = table[(run >> (i * bits)) & 0xff];
         }
@@ -57,14 +56,17 @@ struct GenericFp32 {
     static Sum scaled_add(Sum sum, Sum addend, float scale) { return sum + addend * scale; }
     static float total(Sum sum) { return (sum[0] + sum[1]) + (sum[2] + sum[3]); }
 
-    static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t row_bytes,
-                            int64_t chunks, uint32_t* tile) {
+    static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t left,
+                            int64_t chunks, int64_t ahead, uint32_t* tile) {
         for (int n = 0; n < kPanel; ++n)
             for (int64_t c = 0; c < chunks; ++c) {
                 Weights weights[kVectors];
-                expander.expand(rows[n] + offset + c * expander.bits, rows[n] + row_bytes, weights);
+                const uint8_t* from = rows[n] + offset + c * expander.bits;
+                if (c % 8 == 0) __builtin_prefetch(from + ahead, 0, 2);
+                expander.expand(from, left - c * expander.bits, weights);
                 for (int i = 0; i < kChunk; ++i)
-                    tile[(c * kChunk + i) * kPanel + n] = float_to_bits(weights[i / kLanes][i % kLanes]);
+                    tile[(n / kLanes * kTileUnits + c * kChunk + i) * kLanes + n % kLanes] =
+                        float_to_bits(weights[i / kLanes][i % kLanes]);
             }
     }
 };

@@ -6,24 +6,27 @@
 //   kUnitCodes                    codes in a unit of 4 bytes: 1 (fp32) or 2 (bf16)
 //   Weights broadcast(const uint32_t*), load_tile(const uint32_t*), multiply_add(sum, weights, weights)
 //   load_sum, store_sum (float*)
-//   expand_tile(expander, rows, row_end, chunks, tile)
+//   expand_tile(expander, rows, offset, left, chunks, ahead, tile): chunks from byte `offset` of kTileVectors * kLanes
+//                                 rows, which have `left` bytes from there, to the tile; prefetches `ahead` of it
 #pragma once
 
 namespace ds_fp6 {
 namespace cpu {
 namespace {
 
-// Units of K in a tile: kTileUnits * 64 rows * 4 bytes = 32 KiB, so that it stays in L1 while x passes by.
-constexpr int64_t kTileUnits = 128;
-// Rows of x in a task: its sums, 256 * 64 * 4 bytes = 64 KiB, stay in L2.
-constexpr int64_t kMaxTileRows = 256;
+// A tile is [kTileVectors][kTileUnits][kLanes] units: lane l of vector v is row v * kLanes + l of W, so that expansion
+// and multiplication both walk it in order. 64 rows of 256 units are 64 KiB, in L2; longer sums cost fewer trips of the
+// sums to memory, which is worth more than staying in L1.
+constexpr int64_t kTileUnits = 256;
+// Rows of x in a task: its sums, 512 * 64 * 4 bytes = 128 KiB, stay in L2.
+constexpr int64_t kMaxTileRows = 512;
 
 template <class Isa>
 struct Panel {
     static constexpr int kN = Isa::kTileVectors * Isa::kLanes;  // rows of W in a tile
     static constexpr int64_t kTileCodes = kTileUnits * Isa::kUnitCodes;
 
-    // sums[kM, kN] (+)= scale[kN] * x[kM, units] . tile[units, kN]
+    // sums[kM, kN] (+)= scale[kN] * x[kM, units] . tile[kN, units]^T
     template <int kM>
     static void multiply(const uint32_t* x, int64_t ldx, const uint32_t* tile, int64_t units, const float* scale,
                          bool first, float* sums) {
@@ -32,7 +35,7 @@ struct Panel {
             for (int v = 0; v < Isa::kTileVectors; ++v) sum[m][v] = Isa::zero();
         for (int64_t u = 0; u < units; ++u) {
             typename Isa::Weights weights[Isa::kTileVectors];
-            for (int v = 0; v < Isa::kTileVectors; ++v) weights[v] = Isa::load_tile(tile + u * kN + v * Isa::kLanes);
+            for (int v = 0; v < Isa::kTileVectors; ++v) weights[v] = Isa::load_tile(tile + (v * kTileUnits + u) * Isa::kLanes);
 #pragma GCC unroll 8
             for (int m = 0; m < kM; ++m) {
                 const typename Isa::Weights value = Isa::broadcast(x + m * ldx + u);
@@ -55,20 +58,20 @@ struct Panel {
         if constexpr (kM > 1) return multiply_rows<kM - 1>(rows, x, ldx, tile, units, scale, first, sums);
     }
 
-    // tile[k, n] *= scale of (n, k), for groups that a segment of K cannot follow (fp32 tiles only).
+    // tile[n, k] *= scale of (n, k), for groups that a segment of K cannot follow (fp32 tiles only).
     static void scale_tile(const PackedMatrix& w, const float* const* scale, int64_t k0, int64_t k1, uint32_t* tile) {
         float* values = reinterpret_cast<float*>(tile);
         for (int64_t k = k0; k < k1; ++k) {
             const int64_t group = w.group_size ? k / w.group_size : 0;
-            for (int n = 0; n < kN; ++n) values[(k - k0) * kN + n] *= scale[n][group];
+            for (int n = 0; n < kN; ++n)
+                values[(n / Isa::kLanes * kTileUnits + k - k0) * Isa::kLanes + n % Isa::kLanes] *= scale[n][group];
         }
     }
 
     // Rows [n0, n0 + kN) of W against rows [m0, m1) of x.
-    static void task(const LinearProblem& p, const LinearPlan& plan, const uint32_t* x, int64_t n0, int64_t m0,
-                     int64_t m1) {
+    static void task(const LinearProblem& p, const LinearPlan& plan, const typename Isa::Expander& expander,
+                     const uint32_t* x, int64_t n0, int64_t m0, int64_t m1) {
         const PackedMatrix& w = p.weight;
-        const typename Isa::Expander expander(w.format);
         const int64_t row_bytes = w.row_bytes(), groups = w.groups();
         const int64_t rows = m1 - m0, blocks = ceil_div(rows, Isa::kRegisterRows);
         uint32_t* tile = static_cast<uint32_t*>(scratch(Scratch::kTile, kTileUnits * kN * sizeof(uint32_t)));
@@ -93,7 +96,10 @@ struct Panel {
                 for (int n = 0; n < kN; ++n) segment_scale[n] = expander.scale() * scale[n][group];
             }
             const int64_t chunks = ceil_div(k1 - k0, Isa::kChunk);
-            Isa::expand_tile(expander, row, k0 * w.format.bits() / 8, row_bytes, chunks, tile);
+            // While this tile is multiplied, the next one comes nearer: further along K, or kN rows on.
+            const int64_t offset = k0 * w.format.bits() / 8, chunk_bytes = Isa::kChunk * w.format.bits() / 8;
+            const int64_t ahead = k1 < w.k ? chunks * chunk_bytes : kN * row_bytes - offset;
+            Isa::expand_tile(expander, row, offset, row_bytes - offset, chunks, ahead, tile);
             if (plan.scale_weights) scale_tile(w, scale, k0, k1, tile);
             const int64_t units = chunks * Isa::kChunk / Isa::kUnitCodes;
             for (int64_t b = 0; b < blocks; ++b) {
