@@ -48,9 +48,13 @@ def ahead_of_time() -> dict:
 
         def build_extensions(self) -> None:
             super().build_extensions()
-            for builder, extension in zip(builders, self.extensions, strict=True):
-                directory = Path(self.get_ext_fullpath(extension.name)).parent
-                builder.record_path(directory).write_text(json.dumps(builder.fingerprint()))
+            for builder in builders:
+                builder.write_record(Path(self.get_ext_fullpath(builder.absolute_name())).parent)
+
+        def copy_extensions_to_source(self) -> None:
+            super().copy_extensions_to_source()
+            for builder in builders:
+                builder.write_record(ROOT / "ds_fp6")
 
     return {"ext_modules": [builder.builder() for builder in builders], "cmdclass": {"build_ext": BuildAndRecord}}
 

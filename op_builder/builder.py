@@ -106,7 +106,7 @@ class ExtensionBuilder(deepspeed_builder.OpBuilder):
 
     def prebuilt(self) -> Path | None:
         """The extension that was built ahead of time, if it fits; sources edited since then make it unfit."""
-        record = self.record_path(ROOT)
+        record = ROOT / self._record_name
         if not record.is_file() or not self.fits(json.loads(record.read_text())):
             return None
         candidates = (ROOT / f"{self.NAME}{suffix}" for suffix in EXTENSION_SUFFIXES)
@@ -115,9 +115,17 @@ class ExtensionBuilder(deepspeed_builder.OpBuilder):
     def fits(self, record: dict[str, Any]) -> bool:
         return self.fingerprint().items() <= record.items()
 
-    def record_path(self, directory: Path) -> Path:
-        """Where the fingerprint of the extension in ``directory`` is kept."""
-        return directory / f"{self.NAME}.json"
+    def record(self) -> dict[str, Any]:
+        """What ``fits`` will look at."""
+        return self.fingerprint()
+
+    def write_record(self, directory: Path) -> None:
+        """Keeps the record of the extension in ``directory`` beside it."""
+        (directory / self._record_name).write_text(json.dumps(self.record()))
+
+    @property
+    def _record_name(self) -> str:
+        return f"{self.NAME}.json"
 
     def build_directory(self) -> BuildDirectory:
         """Where this torch and Python, with these flags, keep the extension of these sources."""

@@ -70,9 +70,6 @@ class CUDABuilder(ExtensionBuilder, deepspeed_builder.CUDAOpBuilder):
         # NOTE: no --use_fast_math: quantization divides as IEEE has it, to be exact to the bit.
         return ["-O3", "-lineinfo", "-Xcompiler", "-fopenmp", *self.compute_capability_args()]
 
-    def extra_ldflags(self) -> list[str]:
-        return []
-
     def compute_capability_args(self, cross_compile_archs: str | None = None) -> list[str]:
         """nvcc's ``-gencode`` flags. Unlike upstream's, leaves TORCH_CUDA_ARCH_LIST alone and reads ``9.0a``.
 
@@ -120,6 +117,9 @@ class CUDABuilder(ExtensionBuilder, deepspeed_builder.CUDAOpBuilder):
 
     def fingerprint(self) -> dict[str, str]:
         return {**super().fingerprint(), "cuda": str(torch.version.cuda)}
+
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "architectures": [str(architecture) for architecture in self.architectures()]}
 
     def fits(self, record: dict[str, Any]) -> bool:
         """Also whether the GPUs of this machine are among those that it was built for."""
