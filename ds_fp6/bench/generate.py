@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ds_fp6.bench import models
+from ds_fp6.bench.memory import PeakMemory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,19 +80,3 @@ def _config_directory(args: argparse.Namespace, scratch: Path) -> Path:
         directory = scratch
         (directory / "config.json").write_text(json.dumps(config))
     return directory
-
-
-class PeakMemory:
-    """The most memory this process has held: on the GPU as its allocator counts it, else resident on the host."""
-
-    def __init__(self) -> None:
-        self.kind = "on the GPU" if torch.cuda.is_available() else "resident"
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

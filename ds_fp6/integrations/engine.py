@@ -84,3 +84,15 @@ def generate(
         for uid in range(len(prompts)):
             engine.flush(uid)
     return torch.stack(generated, dim=1), seconds
+
+
+def parameter_bytes(engine: InferenceEngineV2) -> int:
+    """Bytes that the engine's parameters take on this rank, packed codes and their scales included."""
+    model = engine.model()
+    containers = [*model._transformer, model._non_transformer]
+    parameters = [getattr(container, name) for container in containers for name in container.annotation_attrs]
+    return sum(
+        parameter.nbytes + sum(extra.nbytes for extra in parameter.aux_attrs.values())
+        for parameter in parameters
+        if parameter is not None
+    )
