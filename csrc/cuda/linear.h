@@ -1,0 +1,56 @@
+// What linear.cu hands to a linear kernel, and what it asks of one. No torch.
+//
+// The seam: an architecture's launcher implements `bool linear_smXX_supports(problem)` and `linear_smXX(...)` below;
+// choose_kernel (heuristics.h) says where which is used. A launcher neither allocates nor synchronizes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ds_fp6 {
+namespace cuda {
+
+enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+
+// y[m, n] = x[m, k] . value(codes)[n, k]^T * scale (+ bias[n]), accumulated in fp32, rounded once. m, n, k >= 1.
+struct LinearProblem {
+    int exponent_bits;
+    int mantissa_bits;
+    Dtype dtype;           // of x and y: fp16 or bf16
+    const void* x;         // [m, k] contiguous, 16-byte aligned, k % 8 == 0 (linear.cu pads what is not)
+    const uint8_t* tiles;  // [ceil(n / 64), ceil(k / 64), 512 * bits]: common/layout.h; codes beyond n or k are 0
+    const float* scales;   // [n, groups]
+    int groups;            // 1: one scale a row
+    int group_size;        // of k; 0 where groups == 1
+    const void* bias;      // [n] of bias_dtype, or null
+    Dtype bias_dtype;      // dtype or fp32
+    void* y;               // [m, n] contiguous, 16-byte aligned
+    int m, n, k;
+
+    int bits() const { return 1 + exponent_bits + mantissa_bits; }
+};
+
+struct Device {
+    int index;
+    int major, minor;  // compute capability
+    int sms;
+    int shared_bytes;  // that a block may ask for
+};
+
+// Scratch memory of a (device, stream), allocated once and kept. The first kWorkspaceFlagBytes are zero when a kernel
+// starts and must be zero again when it ends; the rest is anything.
+constexpr size_t kWorkspaceFlagBytes = 4096;
+constexpr size_t kWorkspaceBytes = kWorkspaceFlagBytes + (size_t(34) << 20);
+
+// Whether the kernel computes this problem (format, groups, bias, alignment); says nothing about speed.
+bool linear_sm80_supports(const LinearProblem& problem);
+bool linear_sm90_supports(const LinearProblem& problem);
+
+cudaError_t linear_sm80(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
+// Only where device is 9.0.
+cudaError_t linear_sm90(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace ds_fp6
