@@ -36,7 +36,7 @@ def _integers(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     # DeepSpeed is imported by the first use of the engine, after the arguments have been read.
-    from ds_fp6.integrations.engine import build_engine, generate
+    from ds_fp6.integrations.engine import build_engine, generate, parameter_bytes
 
     mode = None if args.quantization_mode == "none" else args.quantization_mode
     longest = args.prompt_length + args.new_tokens
@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     vocabulary = engine.model().vocab_size
     figures = {
         "model": args.model, "mode": args.quantization_mode, "layers": args.layers,
-        "load_seconds": load_seconds, "peak_load_bytes": memory.peak(), "batches": [],
+        "weight_bytes": parameter_bytes(engine), "load_seconds": load_seconds, "peak_load_bytes": memory.peak(), "batches": [],
     }  # fmt: skip
-    print(f"{args.model} {args.quantization_mode}: loaded in {load_seconds:.1f} s, peak {memory.peak() / 2**30:.2f} GiB {memory.kind}")
+    print(f"{args.model} {args.quantization_mode}: {parameter_bytes(engine) / 2**30:.2f} GiB of weights")
+    print(f"loaded in {load_seconds:.1f} s, peak {memory.peak() / 2**30:.2f} GiB {memory.kind}")
     print(f"{'batch':>6} {'ms/step':>9} {'tokens/s':>10} {'prompt ms':>10}")
     for batch in args.batch:
         prompts = [torch.randint(3, vocabulary, (args.prompt_length,)) for _ in range(batch)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ds_fp6.bench import models
-from ds_fp6.bench.generate import PeakMemory
+from ds_fp6.bench.memory import PeakMemory
 
 READ_BYTES = 16 << 20
 

@@ -7,7 +7,7 @@ size can be measured without its checkpoint and without ever holding its 16-bit 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -71,22 +71,3 @@ def checkpoint_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield f"{name.removesuffix('down_proj')}{expert}.{down}.weight", shape[1:]
         else:
             yield name, shape
-
-
-def layer_tensors(
-    config: dict, make: Callable[[tuple[int, ...]], torch.Tensor]
-) -> Iterator[tuple[int | None, dict[str, torch.Tensor]]]:
-    """The tensors of a checkpoint by layer, made as they are asked for.
-
-    ``config``: the contents of config.json; ``make``: a tensor of a shape. Yields first ``None`` and what belongs
-    to no layer, then each layer's number and its tensors.
-    """
-    from transformers import AutoConfig
-
-    parsed = AutoConfig.for_model(**config)
-    shapes: dict[int | None, dict[str, tuple[int, ...]]] = {None: {}}
-    for name, shape in checkpoint_shapes(parsed):
-        number = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
-        shapes.setdefault(int(number[1]) if number else None, {})[name] = shape
-    for layer, names in shapes.items():
-        yield layer, {name: make(shape) for name, shape in names.items()}
