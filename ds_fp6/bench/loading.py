@@ -61,8 +61,8 @@ def _measure(args: argparse.Namespace, config: dict, directory: Path) -> int:
     figures["peak_bytes"] = memory.peak()
     print(f"{args.model}, {config['num_hidden_layers']} layers, {size / 1e9:.1f} GB, {args.quantization_mode}")
     for name, elapsed in seconds.items():
-        relative = elapsed / seconds["move"]
-        print(f"{name:>5} {elapsed:8.2f} s {size / elapsed / 1e9:7.2f} GB/s {relative:6.2f} x the moving of its tensors")
+        rate, relative = size / elapsed / 1e9, elapsed / seconds["move"]
+        print(f"{name:>5} {elapsed:8.2f} s {rate:7.2f} GB/s {relative:6.2f} x the moving of its tensors")
     print(f"peak {memory.peak() / 2**30:.2f} GiB {memory.kind}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2))

@@ -28,6 +28,9 @@ REPAIRS = (
     Repair("attention-atoms", "long prompts overran the atom buffer when max_ragged_sequence_count was small"),
     Repair("put-checks", "InferenceEngineV2.put(do_checks=True) and can_schedule raised TypeError"),
     Repair("single-process", "build_hf_engine without a launcher asked for mpi4py"),
+    Repair("load-memory", "loading read whole shards, and copied the model once more into one buffer"),
+    Repair("tied-embeddings", "tied embeddings loaded for qwen2 only; an untied OPT lost its LM head"),
+    Repair("load-errors", "missing, damaged and ill-fitting checkpoints were looked for on the hub or asserted"),
     Repair("buffer-cache", "the buffers of every engine ever built stayed in memory"),
     Repair("kv-memory", "the KV cache took all memory of the machine, in every rank (CPU)"),
 )
