@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from ds_fp6 import __version__
 
-#: Commands whose arguments belong to ``ds_fp6.bench``.
+#: Commands whose arguments belong to modules of ``ds_fp6.bench``.
 FORWARDED = {
     "bench": "run a benchmark: ds-fp6 bench COMMAND --help",
     "eval": "evaluate a checkpoint: ds-fp6 eval perplexity --help",
 }
+EVALUATIONS = ("perplexity",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,14 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if arguments and arguments[0] in FORWARDED:
-            from ds_fp6.bench.__main__ import main as bench
-
-            return bench(arguments[1:], program=f"ds-fp6 {arguments[0]}")
+            return _forward(*arguments)
         options = _parser().parse_args(arguments)
         return options.run(options)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
         print(f"ds-fp6: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _forward(command: str, *arguments: str) -> int:
+    from ds_fp6.bench.__main__ import COMMANDS
+    from ds_fp6.bench.__main__ import main as bench
+
+    names = [name for name in COMMANDS if (name in EVALUATIONS) == (command == "eval")]
+    return bench(arguments, f"ds-fp6 {command}", names)
 
 
 def _parser() -> argparse.ArgumentParser:

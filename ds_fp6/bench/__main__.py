@@ -17,16 +17,22 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m ds_fp6.bench") -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    program: str = "python -m ds_fp6.bench",
+    commands: Sequence[str] = tuple(COMMANDS),
+) -> int:
+    """Runs ``arguments[0]``, one of ``commands``, with the rest; ``program`` is what its help calls itself."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = arguments[0] if arguments else None
-    if name not in COMMANDS:
-        width = max(map(len, COMMANDS))
-        listing = "\n".join(f"  {command:{width}}  {summary}" for command, summary in COMMANDS.items())
+    if name not in commands:
+        width = max(map(len, commands))
+        listing = "\n".join(f"  {command:{width}}  {COMMANDS[command]}" for command in commands)
         parser = argparse.ArgumentParser(
             prog=program, epilog=f"commands:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below; COMMAND --help lists its options")
+        usage = "one of those below; COMMAND --help lists its options"
+        parser.add_argument("command", choices=commands, metavar="COMMAND", help=usage)
         parser.parse_args(arguments)
         return 2
     module = importlib.import_module(f"ds_fp6.bench.{name}")

@@ -50,10 +50,15 @@ class DummyCheckpointEngine(HuggingFaceCheckpointEngine):
 
 
 def checkpoint_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each tensor in a checkpoint of ``config``, in the order of the model's modules."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    """(name, shape) of each tensor in a checkpoint of ``config``, in the order of the model's modules.
 
+    ``config`` is transformers' configuration, or the contents of a config.json.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(**config)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     inner, outer, (gate, up, down) = EXPERT_NAMES.get(config.model_type, ("", "", ("", "", "")))
