@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from abc import abstractmethod
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -59,11 +60,13 @@ class ExtensionBuilder(deepspeed_builder.OpBuilder):
 
     NAME: str
     BUILD_VAR = "DS_BUILD_FP6"
-    #: What is built, as the notice names it.
-    LABEL: str
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name=name or self.NAME)
+
+    @abstractmethod
+    def label(self) -> str:
+        """What is built, as the notice names it."""
 
     def absolute_name(self) -> str:
         return f"ds_fp6.{self.NAME}"
@@ -76,6 +79,11 @@ class ExtensionBuilder(deepspeed_builder.OpBuilder):
 
     def cxx_args(self) -> list[str]:
         return ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+
+    def extra_ldflags(self) -> list[str]:
+        # NOTE: what GCC compiles finds the OpenMP runtime that torch has loaded. Linked to one of its own, an
+        # extension could start a second pool of threads.
+        return ["-fopenmp"] if "clang" in os.environ.get("CXX", "") else []
 
     def missing(self) -> list[str]:
         """What this machine lacks to compile the extension, each with what to do about it; empty if nothing."""
@@ -160,7 +168,7 @@ class ExtensionBuilder(deepspeed_builder.OpBuilder):
                 return _import_file(self.NAME, directory.library)
             if not self.is_compatible(verbose):
                 raise RuntimeError(f"{self.NAME}: {self.error_log}")
-            print(f"ds_fp6: building {self.LABEL} in {directory.path} (once)", file=sys.stderr, flush=True)
+            print(f"ds_fp6: building {self.label()} in {directory.path} (once)", file=sys.stderr, flush=True)
             with directory.rebuilding(files):
                 return self._compile(directory.path, verbose)
 

@@ -9,7 +9,9 @@ class CPUBuilder(ExtensionBuilder):
     """One library for every instruction set: the sources choose their own targets, and CPUID picks at run time."""
 
     NAME = "ds_fp6_cpu"
-    LABEL = "the CPU kernels"
+
+    def label(self) -> str:
+        return "the CPU kernels"
 
     def sources(self) -> list[str]:
         return [

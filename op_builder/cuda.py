@@ -59,7 +59,9 @@ class CUDABuilder(ExtensionBuilder, deepspeed_builder.CUDAOpBuilder):
     """
 
     NAME = "ds_fp6_cuda"
-    LABEL = "the CUDA kernels"
+
+    def label(self) -> str:
+        return f"the CUDA kernels for {', '.join(map(str, self.architectures()))}"
 
     def sources(self) -> list[str]:
         return [
@@ -68,7 +70,7 @@ class CUDABuilder(ExtensionBuilder, deepspeed_builder.CUDAOpBuilder):
 
     def nvcc_args(self) -> list[str]:
         # NOTE: no --use_fast_math: quantization divides as IEEE has it, to be exact to the bit.
-        return ["-O3", "-lineinfo", "-Xcompiler", "-fopenmp", *self.compute_capability_args()]
+        return ["-O3", "-lineinfo", *self.compute_capability_args()]
 
     def compute_capability_args(self, cross_compile_archs: str | None = None) -> list[str]:
         """nvcc's ``-gencode`` flags. Unlike upstream's, leaves TORCH_CUDA_ARCH_LIST alone and reads ``9.0a``.
@@ -113,6 +115,11 @@ class CUDABuilder(ExtensionBuilder, deepspeed_builder.CUDAOpBuilder):
         if nvcc is None or not os.access(nvcc, os.X_OK):
             where = "CUDA_HOME is not set and nvcc is not on PATH" if nvcc is None else f"{nvcc} does not exist"
             lacking.insert(0, f"no nvcc: {where} (install the CUDA toolkit {torch.version.cuda})")
+        architectures = self.architectures()
+        for gpu in sorted(set(_capabilities())):
+            if not any(architecture.runs_on(gpu) for architecture in architectures):
+                built = ", ".join(map(str, architectures))
+                lacking.append(f"code for {built} does not run on compute capability {gpu[0]}.{gpu[1]} of a GPU here")
         return lacking
 
     def fingerprint(self) -> dict[str, str]:

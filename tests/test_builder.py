@@ -35,7 +35,8 @@ from pathlib import Path
 from ds_fp6.op_builder import builder as shared
 shared.ROOT = Path(sys.argv[1])
 class Toy(shared.ExtensionBuilder):
-    NAME, LABEL = "toy", "a toy"
+    NAME = "toy"
+    def label(self): return "a toy"
     def sources(self): return ["csrc/cpu/toy.cpp"]
     def cxx_args(self): return ["-O0"]
 print(Toy().load().NUMBER)
@@ -100,7 +101,10 @@ def test_a_failed_build_shows_the_compilers_words(toy):
 
 
 class Toy(shared.ExtensionBuilder):
-    NAME, LABEL = "toy", "a toy"
+    NAME = "toy"
+
+    def label(self) -> str:
+        return "a toy"
 
     def sources(self) -> list[str]:
         return ["csrc/cpu/toy.cpp"]
@@ -243,6 +247,13 @@ def test_prebuilt_kernels_must_run_on_the_gpus_that_are_there(monkeypatch, built
     monkeypatch.setattr("ds_fp6.op_builder.cuda._capabilities", lambda: [gpu])
     builder = CUDABuilder()
     assert builder.fits({**builder.fingerprint(), "architectures": built}) is fits
+
+
+def test_architectures_without_code_for_a_gpu_are_refused_before_the_build(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("ds_fp6.op_builder.cuda._capabilities", lambda: [(9, 0)])
+    assert any("code for 8.0 does not run on compute capability 9.0" in lacking for lacking in CUDABuilder().missing())
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
