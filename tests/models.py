@@ -76,3 +76,59 @@ def save(model: torch.nn.Module, path: Path) -> str:
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
+
+
+#: Linear layers that stay in 16 bits: the LM head, and the gates of experts.
+DENSE = ("lm_head", "mlp.gate", "block_sparse_moe.gate", "shared_expert_gate")
+
+
+def quantize_(model: torch.nn.Module, mode: str) -> torch.nn.Module:
+    """Replaces in place what FastGen quantizes under ``mode`` by its dequantized value.
+
+    FastGen fuses q, k and v, and gate and up, before it quantizes; scales belong to output channels or groups
+    within them, so quantizing each matrix by itself gives the same.
+    """
+    from ds_fp6 import PackedWeight
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith(DENSE):
+            weight = module.weight.data
+            weight.copy_(PackedWeight.from_dense(weight, mode).dequantize(weight.dtype))
+    return model
+
+
+def greedy(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> list[int]:
+    """transformers' greedy continuation of one prompt of token ids."""
+    output = model.generate(
+        prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=EOS, eos_token_id=None,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
+
+
+def random_prompts(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
+
+
+def number_tokenizer():
+    """A tokenizer whose text is token ids in decimal, so that a test sees exactly the tokens that MII saw."""
+    from mii.modeling.tokenizers import MIITokenizerWrapper
+
+    class Numbers(MIITokenizerWrapper):
+        vocab_size = VOCABULARY
+        eos_token_id = EOS
+
+        def __init__(self) -> None:
+            super().__init__(self)
+
+        def __len__(self) -> int:
+            return VOCABULARY
+
+        def encode(self, text: str, **kwargs) -> torch.Tensor:
+            return torch.tensor([int(word) for word in text.split()], dtype=torch.int64)
+
+        def decode(self, tokens) -> str:
+            return " ".join(str(int(token)) for token in tokens)
+
+    return Numbers()

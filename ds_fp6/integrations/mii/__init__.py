@@ -16,6 +16,7 @@ _installed = False
 #: What the hooks of this package repair, as ``ds-fp6 env`` lists it.
 REPAIRS = (
     Repair("request-checks", "empty prompts and requests beyond the model's or the KV cache's length hung or asserted"),
+    Repair("full-cache", "a full KV cache started a split prompt over for ever, or failed while others finished"),
     Repair("requeue", "text generated before a request lost its KV cache was missing from its response"),
     Repair("failed-call", "a call that raised left requests behind that corrupted the next one"),
     Repair("async-failure", "an exception in the generation thread left every client waiting for ever"),

@@ -28,8 +28,12 @@ def _make_request(original, self, tid, uid, input_tokens, kwargs):
 
 
 def _reset_request_status(original, self) -> None:
-    """Remembers what a request had generated, which becomes part of its prompt when it starts over."""
+    """Takes the KV cache of the last request that waits with one, which starts over with what it generated so far
+    as part of its prompt. If none does, finished sequences are about to give theirs back; MII asserted instead.
+    """
     holders = [r for r in self.buffer if not r.is_flush_request and r.seq_length > 0]
+    if not holders and self.inference_engine._state_manager.n_tracked_sequences:
+        return
     if not holders:
         waiting = [len(r.input_tokens) for r in self.buffer if not r.is_flush_request]
         raise RuntimeError(
@@ -40,6 +44,37 @@ def _reset_request_status(original, self) -> None:
     last.first_prompt = getattr(last, "first_prompt", last.prompt_tokens)
     last.earlier_tokens = getattr(last, "earlier_tokens", []) + list(last.generated_tokens)
     original(self)
+
+
+def _schedule_prompts(self, requests) -> None:
+    """Schedules waiting prompts in their order, as far as batch and KV cache have room for each as a whole.
+
+    MII's own stops where no block is free, even for the rest of a prompt that needs none any more. With all blocks
+    taken by such a prompt it starts it over, and over again.
+    """
+    engine = self.inference_engine
+    limits = engine._config.state_manager
+    free_blocks = min(engine.free_blocks)
+    for request in requests:
+        if request.max_length <= request.seq_length:
+            continue
+        room = limits.max_ragged_batch_size - self.scheduled_length
+        if room <= 0 or len(self.scheduled_requests.requests_to_run) >= limits.max_ragged_sequence_count:
+            break
+        blocks, waiting = free_blocks - self.scheduled_req_blocks, request.input_tokens
+        if engine.query(request.uid, len(waiting), blocks)[0] < len(waiting):
+            break
+        tokens, new_blocks = engine.query(request.uid, min(len(waiting), room), blocks)
+        request.input_tokens, rest = waiting[:tokens], waiting[tokens:]
+        request.last_in_prompt = len(rest) == 0
+        self.scheduled_requests.append(request)
+        self.scheduled_req_blocks += new_blocks
+        self.scheduled_length += tokens
+        if len(rest):
+            remainder = copy.copy(request)
+            remainder.input_tokens, remainder.last_in_prompt = rest, True
+            remainder.seq_length = request.seq_length + tokens
+            self.buffer.appendleft(remainder)
 
 
 def _generate_output(original, self, r):
@@ -55,9 +90,9 @@ def _wrap_requests() -> None:
     wrap(RaggedBatchBase, "make_request", _make_request)
     wrap(RaggedBatchBase, "reset_request_status", _reset_request_status)
     wrap(RaggedBatchBase, "_generate_output", _generate_output)
+    RaggedBatchBase._schedule_prompts = _schedule_prompts
 
 
 HOOKS = (
-    Hook("RaggedBatchBase.{make_request,reset_request_status,_generate_output}", "request checks, requeue",
-         _wrap_requests),
-)  # fmt: skip
+    Hook("mii.batching.ragged_batching.RaggedBatchBase", "request checks, full caches, starting over", _wrap_requests),
+)
