@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .builder import ExtensionBuilder, deepspeed_builder
+from .cuda_sources import CUDA_SOURCES
 
 #: What is compiled ahead of time where TORCH_CUDA_ARCH_LIST names nothing: sm_80's kernels also as PTX, for any
 #: later GPU, and Hopper's own.
@@ -64,9 +65,7 @@ class CUDABuilder(ExtensionBuilder, deepspeed_builder.CUDAOpBuilder):
         return f"the CUDA kernels for {', '.join(map(str, self.architectures()))}"
 
     def sources(self) -> list[str]:
-        return [
-            "csrc/cuda/bindings.cpp",
-        ]
+        return list(CUDA_SOURCES)
 
     def nvcc_args(self) -> list[str]:
         # NOTE: no --use_fast_math: quantization divides as IEEE has it, to be exact to the bit.

@@ -44,7 +44,8 @@ struct Device {
 constexpr size_t kWorkspaceFlagBytes = 4096;
 constexpr size_t kWorkspaceBytes = kWorkspaceFlagBytes + (size_t(34) << 20);
 
-// Whether the kernel computes this problem (format, groups, bias, alignment); says nothing about speed.
+// Whether the kernel computes this problem (format, groups, bias, alignment); says nothing about speed. False where the
+// extension was not compiled for the kernel's architecture.
 bool linear_sm80_supports(const LinearProblem& problem);
 bool linear_sm90_supports(const LinearProblem& problem);
 

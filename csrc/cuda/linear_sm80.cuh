@@ -1,0 +1,421 @@
+// y[m, n] = x[m, k] . weights[n, k]^T * scale[n, group] (+ bias[n]) with cp.async and mma.sync: compute capability 8.0
+// and everything newer that has no kernel of its own.
+//
+// Weights are the MMA's A operand, dequantized in registers, so that few tokens waste little of an MMA. A block of 8
+// warps computes 128 channels x Tile::kTokens: 4 warps along the channels, and 2 along K or along the tokens.
+//
+// Stream-K: all (tile, step along K) pairs form one line that is cut into equal ranges, one a block. A tile that is cut
+// is added up in fp32 through the workspace by whichever of its blocks comes last, in the order of K whoever that is:
+// deterministic, and no block waits for another.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "dequant.cuh"
+#include "ptx.cuh"
+
+namespace ds_fp6 {
+namespace cuda {
+namespace sm80 {
+
+constexpr int kWarps = 8, kThreads = kWarps * 32;
+constexpr int kWarpsN = 4;
+constexpr int kWarpRows = 32, kWarpBlocks = kWarpRows / kBlockRows;  // channels of a warp
+constexpr int kChannels = kWarpsN * kWarpRows, kPanels = kChannels / kPanelRows;
+constexpr int kSwizzleRow = kPanelColumns * 2;  // bytes of a token in a panel of x
+
+// Tokens        of a block; kWarpTokens of a warp
+// WarpsK        warps that take turns along K and add up at the end; the others share out the tokens
+// Stages        stages of the ring, of WarpsK panels along K
+template <int Tokens, int WarpsK, int Stages>
+struct Tile {
+    static constexpr int kTokens = Tokens, kWarpsK = WarpsK, kStages = Stages;
+    static constexpr int kWarpsM = kWarps / kWarpsN / kWarpsK;
+    static constexpr int kWarpTokens = kTokens / kWarpsM, kFragments = kWarpTokens / 8;
+    static constexpr int kColumns = kWarpsK * kPanelColumns;
+    static constexpr int kSumThreads = kThreads / kWarpsK;        // threads that hold a tile's sums
+    static constexpr int kSums = kWarpBlocks * kFragments * 4;    // fp32 sums of each of them
+    static constexpr int kPartialBytes = kChannels * kTokens * 4;  // of a piece of a tile in the workspace
+    static_assert(kFragments % 2 == 0, "x is read 16 tokens at a time");
+};
+
+template <class Tile, int Bits>
+struct SharedLayout {
+    static constexpr int kWeightBytes = kPanels * Tile::kWarpsK * Tiles<Bits>::kPanelBytes;
+    static constexpr int kPanelOfX = Tile::kTokens * kSwizzleRow;
+    static constexpr int kStageBytes = kWeightBytes + Tile::kWarpsK * kPanelOfX;
+    static constexpr int kRingBytes = Tile::kStages * kStageBytes;
+    // After the main loop the ring is free for the sums of the other warps along K, then for y.
+    static constexpr int kPitchOfY = kChannels + 8;  // elements; + 8 spreads the tokens over the banks
+    static constexpr int kSumBytes = (Tile::kWarpsK - 1) * Tile::kPartialBytes;
+    static constexpr int kBytesOfY = Tile::kTokens * kPitchOfY * 2;
+    static constexpr int kEpilogueBytes = kSumBytes > kBytesOfY ? kSumBytes : kBytesOfY;
+    static constexpr int kBytes = kRingBytes > kEpilogueBytes ? kRingBytes : kEpilogueBytes;
+};
+
+struct Problem {
+    const uint8_t* tiles;   // [panels_n, panels_k, 512 * bits]
+    const uint16_t* x;      // [m, k] fp16 or bf16
+    const float* scales;    // [n, groups]
+    const void* bias;       // [n] fp32 or x's type, or null
+    uint16_t* y;            // [m, n] of x's type
+    uint32_t* arrived;      // [grid], 0 between launches: pieces of the cut tile that begins in that block
+    float4* partials;       // [grid][2][Tile::kSums / 4][Tile::kSumThreads]
+    int m, n, k;
+    int panels_n, panels_k;
+    int groups, group_size;
+    bool bias_is_fp32;
+    int tiles_m, steps;     // tiles along the tokens, steps along K of a tile
+    int units;              // steps of all tiles
+};
+
+// The 16-bit types as the MMA, the epilogue and the host know them.
+template <class T>
+struct Traits;
+template <>
+struct Traits<Half> {
+    static DS_FP6_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        ptx::mma_m16n8k16_f16(d, a, b0, b1);
+    }
+    static DS_FP6_DEVICE uint16_t round(float v) { return __half_as_ushort(__float2half_rn(v)); }
+    static DS_FP6_DEVICE float widen(uint16_t v) { return __half2float(__ushort_as_half(v)); }
+};
+template <>
+struct Traits<BFloat16> {
+    static DS_FP6_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        ptx::mma_m16n8k16_bf16(d, a, b0, b1);
+    }
+    static DS_FP6_DEVICE uint16_t round(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+    static DS_FP6_DEVICE float widen(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
+};
+
+// A range of a tile's steps, [begin, end).
+struct Piece {
+    int tile_n, tile_m;
+    int begin, end;
+};
+
+template <class Fmt, class T, class Tile, bool Grouped>
+class Block {
+    static constexpr int kBits = Fmt::kBits;
+    using Shared = SharedLayout<Tile, kBits>;
+    using Sums = float[kWarpBlocks][Tile::kFragments][4];
+
+public:
+    DS_FP6_DEVICE Block(const Problem& p, uint8_t* shared) : p_(p), shared_(shared) {
+        const int warp = threadIdx.x / 32;
+        lane_ = threadIdx.x % 32;
+        warp_n_ = warp % kWarpsN;
+        warp_k_ = Tile::kWarpsK > 1 ? warp / kWarpsN : 0;
+        warp_m_ = Tile::kWarpsM > 1 ? warp / kWarpsN : 0;
+    }
+
+    DS_FP6_DEVICE void run() {
+        const int begin = range_begin(blockIdx.x), end = range_begin(blockIdx.x + 1);
+        for (int unit = begin; unit < end;) {
+            const int tile = unit / p_.steps, first = unit - tile * p_.steps;
+            const Piece piece{tile / p_.tiles_m, tile % p_.tiles_m, first, min(p_.steps, first + end - unit)};
+            Sums sums;
+            multiply(piece, sums);
+            add_up_warps(sums);
+            const bool whole = piece.end - piece.begin == p_.steps;
+            if (whole || last_to_arrive(tile, piece, sums)) store(piece, sums);
+            __syncthreads();  // the ring is refilled
+            unit += piece.end - piece.begin;
+        }
+    }
+
+private:
+    DS_FP6_DEVICE int range_begin(int block) const {
+        return static_cast<int>(static_cast<long long>(p_.units) * block / gridDim.x);
+    }
+    // The block whose range holds a unit.
+    DS_FP6_DEVICE int block_of(int unit) const {
+        return static_cast<int>((static_cast<long long>(unit + 1) * gridDim.x - 1) / p_.units);
+    }
+
+    // ---- main loop ----
+
+    DS_FP6_DEVICE void multiply(const Piece& piece, Sums& sums) {
+#pragma unroll
+        for (float& sum : reinterpret_cast<float(&)[Tile::kSums]>(sums)) sum = 0.0f;
+        Sums group_sums;
+        if constexpr (Grouped) enter_first_group(piece, group_sums);
+
+        const int steps = piece.end - piece.begin;
+#pragma unroll
+        for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
+            if (stage < steps) load_stage(piece, piece.begin + stage, stage);
+            ptx::cp_async_commit();
+        }
+        int stage = 0, free_stage = Tile::kStages - 1;
+        for (int step = 0; step < steps; ++step) {
+            ptx::cp_async_wait<Tile::kStages - 2>();
+            __syncthreads();
+            if (step + Tile::kStages - 1 < steps) load_stage(piece, piece.begin + step + Tile::kStages - 1, free_stage);
+            ptx::cp_async_commit();
+            multiply_stage(piece, piece.begin + step, stage, sums, group_sums);
+            free_stage = stage;
+            stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+        }
+        if constexpr (Grouped) add_group(sums, group_sums);
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+    }
+
+    // Weights as they lie in memory: [panel along n][panel along k]. x: [panel along k][token], 16-byte chunks swizzled.
+    // What lies beyond n, m or k is filled with zeros.
+    DS_FP6_DEVICE void load_stage(const Piece& piece, int step, int stage) const {
+        const uint32_t to = ptx::shared_address(shared_) + stage * Shared::kStageBytes;
+        const int panel_k = step * Tile::kWarpsK;
+        constexpr int panel_chunks = Tiles<kBits>::kPanelBytes / 16, row_chunks = Tile::kWarpsK * panel_chunks;
+        const int chunks = min(Tile::kWarpsK, p_.panels_k - panel_k) * panel_chunks;
+        constexpr int weight_chunks = kPanels * row_chunks;
+#pragma unroll
+        for (int i = 0; i < (weight_chunks + kThreads - 1) / kThreads; ++i) {
+            const int chunk = i * kThreads + threadIdx.x;
+            if (weight_chunks % kThreads != 0 && chunk >= weight_chunks) break;
+            const int panel_n = piece.tile_n * kPanels + chunk / row_chunks, in_row = chunk % row_chunks;
+            const bool inside = panel_n < p_.panels_n && in_row < chunks;
+            const size_t from = (static_cast<size_t>(panel_n) * p_.panels_k + panel_k) * panel_chunks + in_row;
+            ptx::cp_async_16(to + chunk * 16, p_.tiles + (inside ? from * 16 : 0), inside ? 16 : 0);
+        }
+
+        constexpr int token_chunks = Tile::kColumns / 8, x_chunks = Tile::kTokens * token_chunks;
+        const int column = step * Tile::kColumns;
+#pragma unroll
+        for (int i = 0; i < x_chunks / kThreads; ++i) {
+            const int chunk = i * kThreads + threadIdx.x;
+            const int token = chunk / token_chunks, in_token = chunk % token_chunks;
+            const int row = piece.tile_m * Tile::kTokens + token, at = column + in_token * 8;
+            const bool inside = row < p_.m && at < p_.k;
+            const uint32_t place = in_token / 8 * Shared::kPanelOfX + token * kSwizzleRow + (in_token % 8 ^ token % 8) * 16;
+            ptx::cp_async_16(to + Shared::kWeightBytes + place,
+                             p_.x + (inside ? static_cast<size_t>(row) * p_.k + at : 0), inside ? 16 : 0);
+        }
+        static_assert(x_chunks % kThreads == 0, "every thread copies as much of x");
+    }
+
+    // This warp's 32 channels x 64 columns of a stage times its tokens.
+    DS_FP6_DEVICE void multiply_stage(const Piece& piece, int step, int stage, Sums& sums, Sums& group_sums) {
+        const uint8_t* base = shared_ + stage * Shared::kStageBytes;
+        uint32_t words[kWarpBlocks][kBits];
+#pragma unroll
+        for (int i = 0; i < kWarpBlocks; ++i) {
+            const int row = warp_n_ * kWarpRows + i * kBlockRows;
+            const int panel = row / kPanelRows * Tile::kWarpsK + warp_k_, block = row % kPanelRows / kBlockRows;
+            load_words(base + panel * Tiles<kBits>::kPanelBytes + block * Tiles<kBits>::kBlockBytes, words[i]);
+        }
+        const int panel_of_x = (step * Tile::kWarpsK + warp_k_) * kPanelColumns;
+        const uint32_t x = ptx::shared_address(base) + Shared::kWeightBytes + warp_k_ * Shared::kPanelOfX;
+        multiply_k16<0>(piece, panel_of_x, words, x, sums, group_sums);
+        multiply_k16<1>(piece, panel_of_x, words, x, sums, group_sums);
+        multiply_k16<2>(piece, panel_of_x, words, x, sums, group_sums);
+        multiply_k16<3>(piece, panel_of_x, words, x, sums, group_sums);
+    }
+
+    DS_FP6_DEVICE void load_words(const uint8_t* block, uint32_t (&words)[kBits]) const {
+        using Layout = Tiles<kBits>;
+#pragma unroll
+        for (int i = 0; i < Layout::kVectors16; ++i) {
+            const uint4 v = *reinterpret_cast<const uint4*>(block + i * kLanes * 16 + lane_ * 16);
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+        if constexpr (Layout::kVector8) {
+            const uint2 v = *reinterpret_cast<const uint2*>(block + Layout::kOffset8 + lane_ * 8);
+            words[4 * Layout::kVectors16] = v.x, words[4 * Layout::kVectors16 + 1] = v.y;
+        }
+        if constexpr (Layout::kVector4)
+            words[kBits - 1] = *reinterpret_cast<const uint32_t*>(block + Layout::kOffset4 + lane_ * 4);
+    }
+
+    template <int Step>
+    DS_FP6_DEVICE void multiply_k16(const Piece& piece, int column, const uint32_t (&words)[kWarpBlocks][kBits],
+                                    uint32_t x, Sums& sums, Sums& group_sums) {
+        if constexpr (Grouped) {
+            if (column + Step * 16 >= group_end_) {
+                add_group(sums, group_sums);
+                enter_group(piece, column + Step * 16);
+            }
+        }
+        uint32_t a[kWarpBlocks][4];
+#pragma unroll
+        for (int i = 0; i < kWarpBlocks; ++i) Dequant<Fmt, T>::template fragment<Step>(words[i], a[i]);
+        // Matrices of an ldmatrix: (tokens 0 ... 7, k 0 ... 7), (0 ... 7, 8 ... 15), (8 ... 15, 0 ... 7), (8 ... 15, 8 ... 15).
+        const int token = warp_m_ * Tile::kWarpTokens + lane_ / 16 * 8 + lane_ % 8, chunk = 2 * Step + lane_ / 8 % 2;
+        const uint32_t from = x + token * kSwizzleRow + (chunk ^ lane_ % 8) * 16;
+#pragma unroll
+        for (int j = 0; j < Tile::kFragments; j += 2) {
+            uint32_t b[4];
+            ptx::ldmatrix_x4(b, from + j * 8 * kSwizzleRow);
+#pragma unroll
+            for (int i = 0; i < kWarpBlocks; ++i) {
+                Sums& to = Grouped ? group_sums : sums;
+                Traits<T>::mma(to[i][j], a[i], b[0], b[1]);
+                Traits<T>::mma(to[i][j + 1], a[i], b[2], b[3]);
+            }
+        }
+    }
+
+    // ---- scales of groups along K: sums += scale * group_sums where a group ends ----
+
+    DS_FP6_DEVICE void enter_first_group(const Piece& piece, Sums& group_sums) {
+#pragma unroll
+        for (float& sum : reinterpret_cast<float(&)[Tile::kSums]>(group_sums)) sum = 0.0f;
+        enter_group(piece, piece.begin * Tile::kColumns + warp_k_ * kPanelColumns);
+    }
+
+    // Reads the scales of the group that holds `column`; they are used when it ends.
+    DS_FP6_DEVICE void enter_group(const Piece& piece, int column) {
+        const int group = min(column / p_.group_size, p_.groups - 1);  // the padding of K is past the last one
+        group_end_ = group + 1 == p_.groups ? 0x7FFFFFFF : (group + 1) * p_.group_size;
+#pragma unroll
+        for (int i = 0; i < kWarpBlocks; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int channel = this->channel(piece, i, half);
+                group_scale_[i][half] =
+                    channel < p_.n ? __ldg(p_.scales + static_cast<size_t>(channel) * p_.groups + group) : 0.0f;
+            }
+    }
+
+    DS_FP6_DEVICE void add_group(Sums& sums, Sums& group_sums) const {
+#pragma unroll
+        for (int i = 0; i < kWarpBlocks; ++i)
+#pragma unroll
+            for (int j = 0; j < Tile::kFragments; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    sums[i][j][e] = fmaf(group_sums[i][j][e], group_scale_[i][e / 2], sums[i][j][e]);
+                    group_sums[i][j][e] = 0.0f;
+                }
+    }
+
+    // Row of y's transpose, in this thread's sums [block][fragment][2 * half + token].
+    DS_FP6_DEVICE int channel(const Piece& piece, int block, int half) const {
+        return piece.tile_n * kChannels + local_channel(block, half);
+    }
+    DS_FP6_DEVICE int local_channel(int block, int half) const {
+        return warp_n_ * kWarpRows + block * kBlockRows + half * 8 + lane_ / 4;
+    }
+
+    // ---- adding up: warps along K through shared memory, pieces of a tile through the workspace ----
+
+    DS_FP6_DEVICE void add_up_warps(Sums& sums) const {
+        if constexpr (Tile::kWarpsK > 1) {
+            float4* other = reinterpret_cast<float4*>(shared_) + threadIdx.x % Tile::kSumThreads;
+            float4* own = reinterpret_cast<float4*>(sums);
+            if (warp_k_ == 1) {
+#pragma unroll
+                for (int i = 0; i < Tile::kSums / 4; ++i) other[i * Tile::kSumThreads] = own[i];
+            }
+            __syncthreads();
+            if (warp_k_ == 0) {
+#pragma unroll
+                for (int i = 0; i < Tile::kSums / 4; ++i) add(own[i], other[i * Tile::kSumThreads]);
+            }
+            static_assert(Tile::kWarpsK == 2, "two warps along K");
+        }
+    }
+
+    static DS_FP6_DEVICE void add(float4& to, const float4& v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
+
+    // Publishes this piece; the block that comes last gets the sum of all of them and returns true.
+    DS_FP6_DEVICE bool last_to_arrive(int tile, const Piece& piece, Sums& sums) {
+        const int first = block_of(tile * p_.steps), last = block_of(tile * p_.steps + p_.steps - 1);
+        float4* own = reinterpret_cast<float4*>(sums);
+        if (warp_k_ == 0) {
+            float4* to = partial(blockIdx.x, piece.begin == 0);
+#pragma unroll
+            for (int i = 0; i < Tile::kSums / 4; ++i) __stcg(to + i * Tile::kSumThreads, own[i]);
+            __threadfence();
+        }
+        __shared__ bool is_last;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            is_last = atomicAdd(p_.arrived + first, 1u) == static_cast<uint32_t>(last - first);
+            if (is_last) p_.arrived[first] = 0;
+            __threadfence();
+        }
+        __syncthreads();
+        if (!is_last) return false;
+        if (warp_k_ == 0) {
+#pragma unroll
+            for (int i = 0; i < Tile::kSums / 4; ++i) own[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            for (int block = first; block <= last; ++block) {
+                const float4* from = partial(block, block == first);
+#pragma unroll
+                for (int i = 0; i < Tile::kSums / 4; ++i) add(own[i], __ldcg(from + i * Tile::kSumThreads));
+            }
+        }
+        return true;
+    }
+
+    // A block has at most two pieces of cut tiles: one that begins its tile, one that does not.
+    DS_FP6_DEVICE float4* partial(int block, bool begins) const {
+        return p_.partials + (static_cast<size_t>(block) * 2 + begins) * (Tile::kSums / 4) * Tile::kSumThreads +
+               threadIdx.x % Tile::kSumThreads;
+    }
+
+    // ---- epilogue: scale, bias, one rounding, and y by way of shared memory for stores along n ----
+
+    DS_FP6_DEVICE void store(const Piece& piece, const Sums& sums) {
+        uint16_t* staged = reinterpret_cast<uint16_t*>(shared_);
+        constexpr float unit = static_cast<float>(1u << Dequant<Fmt, T>::kScaleExponent);
+        __syncthreads();  // the sums of other warps have been read
+        if (warp_k_ == 0) {
+#pragma unroll
+            for (int i = 0; i < kWarpBlocks; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int channel = this->channel(piece, i, half);
+                    const float scale = Grouped || channel >= p_.n ? 1.0f : __ldg(p_.scales + channel);
+                    const float bias = p_.bias == nullptr || channel >= p_.n ? 0.0f : bias_of(channel);
+#pragma unroll
+                    for (int j = 0; j < Tile::kFragments; ++j)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const int token = warp_m_ * Tile::kWarpTokens + j * 8 + lane_ % 4 * 2 + e;
+                            staged[token * Shared::kPitchOfY + local_channel(i, half)] =
+                                Traits<T>::round(fmaf(sums[i][j][2 * half + e] * unit, scale, bias));
+                        }
+                }
+        }
+        __syncthreads();
+        constexpr int row_chunks = kChannels / 8;
+        for (int chunk = threadIdx.x; chunk < Tile::kTokens * row_chunks; chunk += kThreads) {
+            const int token = chunk / row_chunks, row = piece.tile_m * Tile::kTokens + token;
+            const int channel = piece.tile_n * kChannels + chunk % row_chunks * 8;
+            if (row >= p_.m || channel >= p_.n) continue;
+            const uint16_t* from = staged + token * Shared::kPitchOfY + chunk % row_chunks * 8;
+            uint16_t* to = p_.y + static_cast<size_t>(row) * p_.n + channel;
+            if (p_.n % 8 == 0) {
+                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+            } else {
+                for (int i = 0; i < min(8, p_.n - channel); ++i) to[i] = from[i];
+            }
+        }
+    }
+
+    DS_FP6_DEVICE float bias_of(int channel) const {
+        return p_.bias_is_fp32 ? __ldg(static_cast<const float*>(p_.bias) + channel)
+                               : Traits<T>::widen(__ldg(static_cast<const uint16_t*>(p_.bias) + channel));
+    }
+
+    const Problem& p_;
+    uint8_t* shared_;
+    int lane_, warp_n_, warp_k_, warp_m_;
+    int group_end_;                          // column at which the group under way ends
+    float group_scale_[kWarpBlocks][2];
+};
+
+template <class Fmt, class T, class Tile, bool Grouped>
+__global__ void __launch_bounds__(kThreads) linear_sm80_kernel(const __grid_constant__ Problem p) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    Block<Fmt, T, Tile, Grouped>(p, shared).run();
+}
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace ds_fp6

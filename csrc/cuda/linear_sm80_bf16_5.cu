@@ -1,0 +1,6 @@
+#include "linear_sm80_launch.cuh"
+
+DS_FP6_INSTANTIATE_SM80(1, 3, ds_fp6::BFloat16)
+DS_FP6_INSTANTIATE_SM80(2, 2, ds_fp6::BFloat16)
+DS_FP6_INSTANTIATE_SM80(3, 1, ds_fp6::BFloat16)
+DS_FP6_INSTANTIATE_SM80(4, 0, ds_fp6::BFloat16)
