@@ -27,8 +27,10 @@ _schemas.define(
     "linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
     "int group_size) -> Tensor"
 )
-_schemas.define("pack(Tensor rows, int bits, int in_features) -> Tensor")
-_schemas.define("unpack(Tensor tiles, int bits, int out_features, int in_features) -> Tensor")
+_schemas.define("pack(Tensor rows, int exponent_bits, int mantissa_bits, int in_features) -> Tensor")
+_schemas.define(
+    "unpack(Tensor tiles, int exponent_bits, int mantissa_bits, int out_features, int in_features) -> Tensor"
+)
 
 #: Operators by the dispatch key of the extension that has them.
 _OPERATORS = {
@@ -126,10 +128,12 @@ def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size):
 
 
 @torch.library.register_fake("ds_fp6::pack")
-def _(rows, bits, in_features):
+def _(rows, exponent_bits, mantissa_bits, in_features):
+    bits = Format(exponent_bits, mantissa_bits).bits
     return rows.new_empty(packed_shape(rows.device, bits, rows.shape[0], in_features))
 
 
 @torch.library.register_fake("ds_fp6::unpack")
-def _(tiles, bits, out_features, in_features):
+def _(tiles, exponent_bits, mantissa_bits, out_features, in_features):
+    bits = Format(exponent_bits, mantissa_bits).bits
     return tiles.new_empty((out_features, _ceil_div(in_features * bits, 8)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from ds_fp6 import ops
-from ds_fp6.formats import MAX_BITS, MIN_BITS
+from ds_fp6.formats import MAX_BITS, MIN_BITS, Format
 
 #: Codes in the smallest run that fills whole bytes at every width: 8 codes take exactly `bits` bytes.
 RUN = 8
@@ -65,11 +65,13 @@ def unpack(rows: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
     return codes.to(torch.uint8).view(n, -1)[:, :in_features].contiguous()
 
 
-def to_device_layout(rows: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
+def to_device_layout(rows: torch.Tensor, fmt: Format, in_features: int) -> torch.Tensor:
     """Canonical rows, on the device that will compute with them, to that device's own layout."""
-    return ops.pack(rows, bits, in_features) if rows.is_cuda else rows
+    return ops.pack(rows, fmt.exponent_bits, fmt.mantissa_bits, in_features) if rows.is_cuda else rows
 
 
-def to_canonical(packed: torch.Tensor, bits: int, out_features: int, in_features: int) -> torch.Tensor:
+def to_canonical(packed: torch.Tensor, fmt: Format, out_features: int, in_features: int) -> torch.Tensor:
     """A device's own layout to canonical rows on the same device."""
-    return ops.unpack(packed, bits, out_features, in_features) if packed.is_cuda else packed
+    if not packed.is_cuda:
+        return packed
+    return ops.unpack(packed, fmt.exponent_bits, fmt.mantissa_bits, out_features, in_features)

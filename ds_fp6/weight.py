@@ -99,7 +99,7 @@ class PackedWeight:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Three tensors: ``packed`` in the canonical layout whatever the device, ``scales``, and ``header``."""
-        packed = to_canonical(self.packed, self.format.bits, *self.shape)
+        packed = to_canonical(self.packed, self.format, *self.shape)
         return {"packed": packed, "scales": self.scales, "header": self.header}
 
     @classmethod
@@ -110,7 +110,7 @@ class PackedWeight:
             raise ValueError(f"a packed weight's state lacks {sorted(missing)}; it has {sorted(state)}")
         exponent_bits, mantissa_bits, group_size, in_features = state["header"].tolist()
         fmt = Format(exponent_bits, mantissa_bits)
-        packed = to_device_layout(state["packed"], fmt.bits, in_features)
+        packed = to_device_layout(state["packed"], fmt, in_features)
         return cls(fmt, group_size, in_features, packed, state["scales"])
 
 

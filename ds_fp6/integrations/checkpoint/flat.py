@@ -74,8 +74,8 @@ def describe(policy_name: str, transformer: list[LayerContainer], non_transforme
             core, aux = parameter.as_subclass(torch.Tensor), parameter.aux_attrs
             shape, strides = core.shape, core.stride()
             if HEADER in aux:
-                bits, in_features = _packing(aux[HEADER])
-                shape = (len(aux[SCALES]), row_bytes(in_features, bits))
+                fmt, in_features = _packing(aux[HEADER])
+                shape = (len(aux[SCALES]), row_bytes(in_features, fmt.bits))
                 strides = (shape[1], 1)
             layer.params[name] = ParameterMetadata(
                 core_param=place(core, shape, strides),
@@ -85,10 +85,10 @@ def describe(policy_name: str, transformer: list[LayerContainer], non_transforme
     return metadata
 
 
-def _packing(header: torch.Tensor) -> tuple[int, int]:
-    """Bits of a code and K, of ``PackedWeight.header``."""
+def _packing(header: torch.Tensor) -> tuple[Format, int]:
+    """Format of the codes and K, of ``PackedWeight.header``."""
     exponent_bits, mantissa_bits, _group_size, in_features = header.tolist()
-    return Format(exponent_bits, mantissa_bits).bits, in_features
+    return Format(exponent_bits, mantissa_bits), in_features
 
 
 def buffer_bytes(metadata: ModelMetadata) -> int:
@@ -119,8 +119,8 @@ def flatten(model: Any) -> torch.Tensor:
                 continue
             core, aux = parameter.as_subclass(torch.Tensor), parameter.aux_attrs
             if HEADER in aux:
-                bits, in_features = _packing(aux[HEADER])
-                core = to_canonical(core, bits, len(aux[SCALES]), in_features)
+                fmt, in_features = _packing(aux[HEADER])
+                core = to_canonical(core, fmt, len(aux[SCALES]), in_features)
             copy(core, places.core_param)
             for key, tensor in aux.items():
                 copy(tensor, places.aux_params[key])
