@@ -1,18 +1,70 @@
-// The warpgroups that multiply: words from shared memory -> weights in registers -> wgmma, one unit (a 64x64 block of
-// weights) being dequantized while the one before it is multiplied.
+// The warpgroups that multiply: words from shared memory -> weights in registers -> wgmma. While a unit (a 64x64 block of
+// weights) is multiplied in four steps of 16 along K, the next one is dequantized, a step after a step.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
+#include "dequant.cuh"
 #include "linear_sm90_pipeline.cuh"
 #include "wgmma_sm90.cuh"
 
-namespace ds_fp6::sm90 {
+namespace ds_fp6::cuda::sm90 {
 
-// Codes: the dequantization of one format, `expand(words, a)` with words [bits] of a lane and a [4 steps of 16][4].
-template <class T, class Codes>
+// A compile-time index as a value, on the device too.
+template <int kValue>
+struct Index {
+    __host__ __device__ constexpr operator int() const { return kValue; }
+};
+
+// body(0), ..., body(kCount - 1) with compile-time indices.
+template <class Body, int... kIndex>
+__device__ __forceinline__ void unroll(Body body, std::integer_sequence<int, kIndex...>) {
+    (body(Index<kIndex>()), ...);
+}
+
+template <int kCount, class Body>
+__device__ __forceinline__ void unroll(Body body) {
+    unroll(body, std::make_integer_sequence<int, kCount>());
+}
+
+// How a lane's words of a 16x64 block become operands of Type.
+template <class Fmt, class Type>
+struct Codes {
+    using Dequantize = Dequant<Fmt, std::conditional_t<std::is_same_v<Type, __half>, Half, BFloat16>>;
+    using Element = Type;
+    static constexpr int kBits = Fmt::kBits;
+    static constexpr float kValue = static_cast<float>(1 << Dequantize::kScaleExponent);  // of an operand's 1
+
+    __device__ static void load(uint32_t (&words)[kBits], uint32_t block, int lane) {
+        using Block = Tiles<kBits>;
+#pragma unroll
+        for (int i = 0; i < Block::kVectors16; ++i) {
+            const uint4 v = load_shared_16(block + (i * kLanes + lane) * 16);
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+        constexpr int kNext = 4 * Block::kVectors16;
+        if constexpr (Block::kVector8) {
+            const uint2 v = load_shared_8(block + Block::kOffset8 + lane * 8);
+            words[kNext] = v.x, words[kNext + 1] = v.y;
+        }
+        if constexpr (Block::kVector4) {
+            words[kNext + (Block::kVector8 ? 2 : 0)] = load_shared_4(block + Block::kOffset4 + lane * 4);
+        }
+    }
+
+    // a: the operand of one step of 16 along K.
+    template <int kStep>
+    __device__ static void expand(const uint32_t (&words)[kBits], uint32_t (&a)[4]) {
+        Dequantize::template fragment<kStep>(words, a);
+    }
+};
+
+template <class T, class C>
 class Consumer {
 public:
-    static constexpr int kBits = Codes::kBits;
-    using Element = typename Codes::Element;
+    static constexpr int kBits = C::kBits;
+    using Element = typename C::Element;
     using Layout = SharedLayout<T, kBits>;
     using Sums = float[T::kOwnPanels][T::kAccumulators];
 
@@ -34,8 +86,11 @@ public:
 #pragma unroll
             for (int i = 0; i < T::kAccumulators; ++i) sums[panel][i] = 0.f;
         }
+        if (steps == 0) return;
         ring_.wait_full(slot_);
-        prepare(a_[0], slot_, 0);
+        uint32_t words[kBits];
+        load(words, slot_, 0);
+        unroll<4>([&](auto k) { C::template expand<k>(words, a_[0][k]); });
         for (int step = 1; step < steps; ++step) stage<false>(sums, step > 1);
         stage<true>(sums, steps > 1);
         wgmma_wait<0>();
@@ -43,54 +98,55 @@ public:
     }
 
 private:
+    using Slot = typename Ring<T, kBits>::Slot;
+    using Weights = uint32_t[4][4];  // [step of 16 along K][register of A]
+
     // On entry the stage's first unit lies in a_[0]; on exit, unless it was the last stage, the next stage's.
     template <bool kLast>
     __device__ void stage(Sums& sums, bool releases) {
         const Slot current = slot_;
+        // NOTE: the compiler takes what a shuffle returns for uniform: descriptors then cost one move each, not five.
+        const uint32_t b = __shfl_sync(~0u, (ring_.activations(current.index) + activations_offset_) >> 4, 0);
         slot_.advance();
-#pragma unroll
-        for (int unit = 0; unit < T::kUnits; ++unit) {
-            constexpr int kEnd = T::kUnits - 1;
-            issue(sums[unit % T::kOwnPanels], a_[unit % 2], current, unit);
+        unroll<T::kUnits>([&](auto unit) {
+            constexpr bool kFetches = unit + 1 < T::kUnits || !kLast;
+            constexpr int kBlock = unit / T::kOwnPanels * T::kSplit;
             uint32_t words[kBits];
-            if (unit < kEnd) {
-                load(words, current, unit + 1);
-            } else if (!kLast) {
-                ring_.wait_full(slot_);
-                load(words, slot_, 0);
-            }
-            // The unit before this one is done: its registers are free, and after a stage's first unit so is the
-            // previous stage.
-            wgmma_wait<1>();
-            if (unit == 0 && releases) ring_.release(previous_, lane_);
-            if (unit < kEnd || !kLast) Codes::expand(words, a_[(unit + 1) % 2]);
-        }
+            unroll<2>([&](auto half) {
+                constexpr int k = 2 * half;
+                multiply_32(sums[unit % T::kOwnPanels], a_[unit % 2][k], a_[unit % 2][k + 1],
+                            b + kBlock * (Layout::kActivationBlock / 16) + 2 * k);
+                if constexpr (kFetches && half == 0) {
+                    if constexpr (unit + 1 == T::kUnits) ring_.wait_full(slot_);
+                    load(words, unit + 1 == T::kUnits ? slot_ : current, (unit + 1) % T::kUnits);
+                }
+                // All but the newest two are done: the registers of the previous unit's same half are free, and after
+                // the first unit so is the previous stage.
+                wgmma_wait<2>();
+                if (unit == 0 && half == 1 && releases) ring_.release(previous_, lane_);
+                if constexpr (kFetches) {
+                    C::template expand<k>(words, a_[(unit + 1) % 2][k]);
+                    C::template expand<k + 1>(words, a_[(unit + 1) % 2][k + 1]);
+                }
+            });
+        });
         previous_ = current;
     }
 
-    using Slot = typename Ring<T, kBits>::Slot;
-    using Weights = uint32_t[4][4];
-
-    __device__ void issue(float (&sums)[T::kAccumulators], Weights& a, Slot slot, int unit) {
+    // Two steps of 16 along K; b: the first one's activations, in 16-byte units.
+    __device__ static void multiply_32(float (&sums)[T::kAccumulators], uint32_t (&a0)[4], uint32_t (&a1)[4],
+                                       uint32_t b) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) pin(a[i / 4][i % 4]);
-        const uint64_t b = wgmma_descriptor(ring_.activations(slot.index) + activations_offset_ +
-                                            unit / T::kOwnPanels * T::kSplit * Layout::kActivationBlock);
+        for (int i = 0; i < 4; ++i) pin(a0[i]), pin(a1[i]);
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Wgmma<Element, T::kTokens>::issue(sums, a[k], b + 2 * k, 1);
+        Wgmma<Element, T::kTokens>::issue(sums, a0, wgmma_descriptor(b), 1);
+        Wgmma<Element, T::kTokens>::issue(sums, a1, wgmma_descriptor(b + 2), 1);
         wgmma_commit();
     }
 
     __device__ void load(uint32_t (&words)[kBits], Slot slot, int unit) const {
         const int block = unit % T::kOwnPanels * T::kBlocks + unit / T::kOwnPanels * T::kSplit;
-        Codes::load(words, ring_.weights(slot.index) + weights_offset_ + block * Layout::kWeightBlock, lane_);
-    }
-
-    __device__ void prepare(Weights& a, Slot slot, int unit) const {
-        uint32_t words[kBits];
-        load(words, slot, unit);
-        Codes::expand(words, a);
+        C::load(words, ring_.weights(slot.index) + weights_offset_ + block * Layout::kWeightBlock, lane_);
     }
 
     const Ring<T, kBits>& ring_;
@@ -101,4 +157,4 @@ private:
     Weights a_[2];
 };
 
-}  // namespace ds_fp6::sm90
+}  // namespace ds_fp6::cuda::sm90

@@ -3,7 +3,7 @@
 
 #include "linear_sm90_consumer.cuh"
 
-namespace ds_fp6::sm90 {
+namespace ds_fp6::cuda::sm90 {
 
 __device__ inline uint32_t pack_pair(float low, float high, __half) {
     const __half2 pair = __floats2half2_rn(low, high);
@@ -18,11 +18,11 @@ __device__ inline uint32_t pack_pair(float low, float high, __nv_bfloat16) {
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-template <class T, class Codes>
+template <class T, class C>
 class Epilogue {
 public:
-    static constexpr int kBits = Codes::kBits;
-    using Element = typename Codes::Element;
+    static constexpr int kBits = C::kBits;
+    using Element = typename C::Element;
     using Layout = SharedLayout<T, kBits>;
     using Sums = float[T::kOwnPanels][T::kAccumulators];
 
@@ -33,6 +33,26 @@ public:
         turn_ = warpgroup % T::kSplit;
         staging_ = ring.base + Layout::kStagings + group_ * Layout::kStaging;
         exchange_ = reinterpret_cast<float*>(shared + Layout::kExchange);
+    }
+
+    // Scale and bias of the two channels of each panel that a thread holds sums of.
+    struct Terms {
+        float scale[T::kOwnPanels][2], bias[T::kOwnPanels][2];
+    };
+
+    // Ahead of the multiplication, so that it hides the loads.
+    __device__ Terms load_terms(const Piece& piece) const {
+        Terms terms{};
+        if (piece.begin != 0) return terms;
+        const int first = first_channel(block_origin(p_, ring_, piece.tile)) + thread_ / 32 * 16 + thread_ % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 2 * T::kOwnPanels; ++i) {
+            const int n = first + i / 2 * 64 + i % 2 * 8;
+            if (n >= p_.n) continue;
+            terms.scale[i / 2][i % 2] = p_.scale[n] * C::kValue;
+            if (p_.bias) terms.bias[i / 2][i % 2] = to_float(static_cast<const Element*>(p_.bias)[n]);
+        }
+        return terms;
     }
 
     // All consumers; leaves the whole sum with the first one of each group and returns whether this is it.
@@ -48,6 +68,28 @@ public:
             visit(sums, [&](float& sum, int i) { sum += own[other * kPerConsumer + i * 128]; });
         }
         return true;
+    }
+
+    // All consumers of a cluster that cuts its tile along K; leaves the whole sums of own_token with each block.
+    __device__ void add_up_cluster(Sums& sums) const {
+        if constexpr (T::kClusterK > 1) {
+            const uint32_t offset = (group_ * T::kOwnPanels * T::kAccumulators / 4 * 128 + thread_) * 16;
+            named_sync(kSplitBarrier, T::kConsumers * 128);  // the ring is free
+            visit4(sums, [&](float4 sum, int i) {
+                if (!own_token(i % (T::kAccumulators / 4) * 8)) store_shared_16(ring_.base + offset + i * 2048, sum);
+                return sum;
+            });
+            cluster_sync_memory();
+            for (int other = 1; other < T::kClusterK; ++other) {
+                const int k = (ring_.rank_k() + other) % T::kClusterK;
+                const uint32_t source = map_to_rank(ring_.base, ring_.rank_in_part(k)) + offset;
+                visit4(sums, [&](float4 sum, int i) {
+                    if (!own_token(i % (T::kAccumulators / 4) * 8)) return sum;
+                    const float4 more = load_cluster_16(source + i * 2048);
+                    return make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+                });
+            }
+        }
     }
 
     // For a piece whose tile an earlier worker owns.
@@ -83,11 +125,12 @@ public:
     }
 
     // y = sums * scale (+ bias), rounded once.
-    __device__ void store(Sums& sums, int tile) const {
+    __device__ void store(Sums& sums, int tile, const Terms& terms) const {
         const BlockOrigin origin = block_origin(p_, ring_, tile);
 #pragma unroll
         for (int panel = 0; panel < T::kOwnPanels; ++panel) {
-            store_panel(sums[panel], (origin.panel + group_ * T::kOwnPanels + panel) * 64, origin.token);
+            store_panel(sums[panel], terms.scale[panel], terms.bias[panel], first_channel(origin) + panel * 64,
+                        origin.token);
         }
     }
 
@@ -116,6 +159,16 @@ private:
         }
     }
 
+    __device__ int first_channel(BlockOrigin origin) const { return (origin.panel + group_ * T::kOwnPanels) * 64; }
+
+    // Whether this block stores a token of the tile: a cluster that cuts K shares the tokens out, 16 at a time.
+    __device__ bool own_token(int token) const {
+        if constexpr (T::kClusterK == 1) return true;
+        constexpr int kShares = (T::kTokens + 15) / 16;
+        const int share = token / 16, k = ring_.rank_k();
+        return kShares * k / T::kClusterK <= share && share < kShares * (k + 1) / T::kClusterK;
+    }
+
     __device__ int consumer_of(int worker) const {
         return (worker * T::kCluster + static_cast<int>(ring_.rank)) * T::kGroups + group_;
     }
@@ -129,20 +182,15 @@ private:
 
     // 64 channels from `channel`, kTokens tokens from `token`: transposed through shared memory, 64 tokens at a time,
     // 128 bytes a token whose 16-byte chunks are swizzled by the token.
-    __device__ void store_panel(float (&sums)[T::kAccumulators], int channel, int token) const {
+    __device__ void store_panel(const float (&sums)[T::kAccumulators], const float (&scale)[2], const float (&bias)[2],
+                                int channel, int token) const {
         const int warp = thread_ / 32, lane = thread_ % 32;
-        float scale[2], bias[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int n = channel + 16 * warp + 8 * h + lane / 4;
-            scale[h] = n < p_.n ? p_.scale[n] * Codes::kValue : 0.f;
-            bias[h] = n < p_.n && p_.bias ? to_float(static_cast<const Element*>(p_.bias)[n]) : 0.f;
-        }
 #pragma unroll
         for (int first = 0; first < T::kTokens; first += Layout::kStagedTokens) {
             sync();
 #pragma unroll
             for (int t = 0; t < Layout::kStagedTokens; t += 16) {
+                if (!own_token(first + t)) continue;
                 uint32_t q[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -159,17 +207,18 @@ private:
                 }
             }
             sync();
-            copy_staged(channel, token + first);
+            copy_staged(channel, token, first);
         }
     }
 
-    __device__ void copy_staged(int channel, int token) const {
+    // Tokens first ... first + kStagedTokens - 1 of the tile.
+    __device__ void copy_staged(int channel, int token, int first) const {
         const int chunk = thread_ % 8, n = channel + 8 * chunk;
         Element* y = static_cast<Element*>(p_.y);
 #pragma unroll
         for (int row = 0; row < Layout::kStagedTokens; row += 16) {
-            const int inside = row + thread_ / 8, m = token + inside;
-            if (inside >= Layout::kStagedTokens || m >= p_.m || n >= p_.n) continue;
+            const int inside = row + thread_ / 8, m = token + first + inside;
+            if (inside >= Layout::kStagedTokens || !own_token(first + row) || m >= p_.m || n >= p_.n) continue;
             const uint4 v = load_shared_16(staging_ + inside * 128 + ((chunk ^ (inside % 8)) * 16));
             Element* target = y + static_cast<int64_t>(m) * p_.n + n;
             if (p_.n % 8 == 0) {
@@ -188,4 +237,4 @@ private:
     float* exchange_;
 };
 
-}  // namespace ds_fp6::sm90
+}  // namespace ds_fp6::cuda::sm90

@@ -5,7 +5,7 @@
 
 #include "linear_sm90.cuh"
 
-namespace ds_fp6::sm90 {
+namespace ds_fp6::cuda::sm90 {
 
 struct LinearArguments {
     const void* x;          // [m, k], 16-byte aligned, k % 8 == 0
@@ -15,7 +15,7 @@ struct LinearArguments {
     void* y;                // [m, n], 16-byte aligned
     void* workspace;        // workspace_bytes(), zeroed once; for one stream at a time
     int m, n, k;
-    bool overlaps;  // may begin under the end of the kernel before it (programmatic dependent launch)
+    int overlaps;  // may begin under the end of the kernel before it (programmatic dependent launch)
 };
 
 constexpr int kMaxBlocks = 256;  // of a grid: SMs of the GPU, times 1
@@ -70,15 +70,19 @@ cudaError_t launch(const LinearArguments& a, int blocks, cudaStream_t stream) {
     p.weight = a.weight, p.scale = a.scale, p.bias = a.bias, p.y = a.y;
     p.published = static_cast<uint32_t*>(a.workspace);
     p.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(a.workspace) + kFlagBytes);
-    p.m = a.m, p.n = a.n;
+    p.m = a.m, p.n = a.n, p.overlap = a.overlaps;
     p.panels = round_up_div(a.n, 64);
     p.k_blocks = round_up_div(a.k, 64);
     const int tiles_n = round_up_div(p.panels, T::kPanels * T::kClusterN);
     const int tiles_m = round_up_div(a.m, T::kTokens * T::kClusterM);
     const int steps = round_up_div(p.k_blocks, T::kBlocks);
     constexpr int kTokensTogether = 1024;  // of x, kept in the L2 while the channels go by
-    p.schedule = make_schedule(tiles_n, tiles_m, steps, blocks / T::kCluster,
-                               kTokensTogether / (T::kTokens * T::kClusterM));
+    int workers = blocks / T::kCluster;
+    if (T::kClusterK > 1) {  // a cluster computes one tile
+        if (tiles_n * tiles_m > workers) return cudaErrorInvalidConfiguration;
+        workers = tiles_n * tiles_m;
+    }
+    p.schedule = make_schedule(tiles_n, tiles_m, steps, workers, kTokensTogether / (T::kTokens * T::kClusterM));
 
     cudaLaunchAttribute attributes[2];
     int count = 0;
@@ -102,4 +106,4 @@ cudaError_t launch(const LinearArguments& a, int blocks, cudaStream_t stream) {
     return cudaLaunchKernelEx(&config, kernel, x_map, p);
 }
 
-}  // namespace ds_fp6::sm90
+}  // namespace ds_fp6::cuda::sm90

@@ -1,11 +1,12 @@
 // The ring in shared memory and the two warps that fill it: one copies weights, one activations.
 #pragma once
 
+#include "common/layout.h"
 #include "linear_sm90_schedule.h"
 #include "linear_sm90_tile.h"
 #include "ptx_sm90.cuh"
 
-namespace ds_fp6::sm90 {
+namespace ds_fp6::cuda::sm90 {
 
 // What a launch is about; the kernel's parameters beside the tensor map of x.
 struct Problem {
@@ -16,6 +17,7 @@ struct Problem {
     float* partial;         // [blocks][channels * tokens of a tile], in the order of the accumulators
     uint32_t* published;    // [blocks][consumers]: 1 while that consumer's partial sum waits for its owner
     int m, n;
+    int overlap;
     int panels;    // ceil(n / 64)
     int k_blocks;  // ceil(k / 64)
     Schedule schedule;
@@ -25,7 +27,7 @@ struct Problem {
 // the barriers.
 template <class T, int kBits>
 struct SharedLayout {
-    static constexpr int kWeightBlock = 64 * 64 * kBits / 8;
+    static constexpr int kWeightBlock = Tiles<kBits>::kPanelBytes;  // 64 x 64
     static constexpr int kActivationBlock = T::kTokens * 128;
     static constexpr int kWeightStage = T::kPanels * T::kBlocks * kWeightBlock;
     static constexpr int kActivationStage = T::kBlocks * kActivationBlock;
@@ -39,6 +41,8 @@ struct SharedLayout {
     static constexpr int kBarriers = kExchange + kExchangeBytes;
     static constexpr int kBytes = kBarriers + 2 * T::kStages * 8;
 
+    static_assert(T::kClusterK == 1 || T::kPanels * 64 * T::kTokens * 4 <= kStagings,
+                  "the ring makes room for a tile's fp32 sums");
     static_assert(kBytes <= 227 * 1024, "a block's shared memory");
     static_assert(T::kResident == 1 || kBytes <= 113 * 1024, "two blocks an SM");
 };
@@ -71,21 +75,35 @@ struct Ring {
     __device__ uint32_t empty(int slot) const { return base + Layout::kBarriers + (T::kStages + slot) * 8; }
 
     __device__ int rank_n() const { return rank % T::kClusterN; }
-    __device__ int rank_m() const { return rank / T::kClusterN; }
+    __device__ int rank_m() const { return rank / T::kClusterN % T::kClusterM; }
+    __device__ int rank_k() const { return rank / (T::kClusterN * T::kClusterM); }
+    __device__ uint32_t rank_of(int n, int m) const {
+        return (rank_k() * T::kClusterM + m) * T::kClusterN + n;
+    }
+
+    // The block at this one's place in another part of K.
+    __device__ uint32_t rank_in_part(int k) const { return k * T::kClusterN * T::kClusterM + rank % (T::kClusterN * T::kClusterM); }
 
     // Blocks that share this block's activations differ in rank_n, those that share its weights in rank_m.
     static constexpr int kPeers = T::kClusterN + T::kClusterM - 1;
     __device__ uint32_t peer(int i) const {
-        return i < T::kClusterN ? rank_m() * T::kClusterN + i
-                                : ((i - T::kClusterN + 1 + rank_m()) % T::kClusterM) * T::kClusterN + rank_n();
+        return i < T::kClusterN ? rank_of(i, rank_m())
+                                : rank_of(rank_n(), (i - T::kClusterN + 1 + rank_m()) % T::kClusterM);
     }
     __device__ uint16_t sharers_of_activations() const {
-        return static_cast<uint16_t>(((1u << T::kClusterN) - 1) << (rank_m() * T::kClusterN));
+        return static_cast<uint16_t>(((1u << T::kClusterN) - 1) << rank_of(0, rank_m()));
     }
     __device__ uint16_t sharers_of_weights() const {
         uint32_t ranks = 0;
-        for (int i = 0; i < T::kClusterM; ++i) ranks |= 1u << (i * T::kClusterN + rank_n());
+        for (int m = 0; m < T::kClusterM; ++m) ranks |= 1u << rank_of(rank_n(), m);
         return static_cast<uint16_t>(ranks);
+    }
+
+    // This block's steps of a piece of the cluster.
+    __device__ Piece own_part(const Piece& piece) const {
+        if constexpr (T::kClusterK == 1) return piece;
+        const int steps = piece.end - piece.begin, k = rank_k();
+        return {piece.tile, piece.begin + steps * k / T::kClusterK, piece.begin + steps * (k + 1) / T::kClusterK};
     }
 
     // One thread. A slot is full when both copiers have said what to expect and all of it has landed; it is empty when
@@ -133,6 +151,7 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
     typename Ring<T, kBits>::Slot slot;
     PieceWalk walk(p.schedule, worker);
     for (Piece piece; walk.next(piece);) {
+        piece = ring.own_part(piece);
         const int panel = block_origin(p, ring, piece.tile).panel;
         const int panels = min(T::kPanels, max(p.panels - panel, 0));
         for (int step = piece.begin; step < piece.end; ++step, slot.advance()) {
@@ -155,6 +174,7 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
             }
         }
     }
+    if (p.overlap == 2) launch_later_grids();
 }
 
 // One thread. The tensor map fills rows past m and columns past k with zeros, and counts their bytes.
@@ -167,6 +187,7 @@ __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_m
     typename Ring<T, kBits>::Slot slot;
     PieceWalk walk(p.schedule, worker);
     for (Piece piece; walk.next(piece);) {
+        piece = ring.own_part(piece);
         const int token = block_origin(p, ring, piece.tile).token;
         for (int step = piece.begin; step < piece.end; ++step, slot.advance()) {
             ring.wait_empty(slot);
@@ -187,4 +208,4 @@ __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_m
     }
 }
 
-}  // namespace ds_fp6::sm90
+}  // namespace ds_fp6::cuda::sm90

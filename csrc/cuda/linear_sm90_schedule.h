@@ -11,7 +11,7 @@
 // that he owns last, asks for it. The sum runs in the order of K: deterministic.
 #pragma once
 
-namespace ds_fp6::sm90 {
+namespace ds_fp6::cuda::sm90 {
 
 struct Schedule {
     int workers;      // clusters in the grid
@@ -102,4 +102,4 @@ private:
 
 #endif
 
-}  // namespace ds_fp6::sm90
+}  // namespace ds_fp6::cuda::sm90

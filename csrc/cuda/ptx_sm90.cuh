@@ -5,7 +5,7 @@
 #include <cuda.h>
 #include <cstdint>
 
-namespace ds_fp6::sm90 {
+namespace ds_fp6::cuda::sm90 {
 
 __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -129,6 +129,27 @@ __device__ inline uint2 load_shared_8(uint32_t address) {
     return v;
 }
 
+__device__ inline uint32_t load_shared_4(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
+// `address` is from map_to_rank.
+__device__ inline float4 load_cluster_16(uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ inline void store_shared_16(uint32_t address, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
 // Stores four 8x8 matrices transposed; lane 8q + r holds the address of row r of matrix q.
 __device__ inline void store_matrix_transposed_4(uint32_t row, uint32_t q0, uint32_t q1, uint32_t q2, uint32_t q3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(q0), "r"(q1),
@@ -164,6 +185,12 @@ __device__ inline uint32_t cluster_rank() {
     return rank;
 }
 
+// All threads of the cluster; what they wrote to shared memory before is visible after.
+__device__ inline void cluster_sync_memory() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Orders threads, not their writes to global memory: those would cost a fence of the whole GPU.
 __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -186,4 +213,4 @@ __device__ inline void store_release(uint32_t* address, uint32_t value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
-}  // namespace ds_fp6::sm90
+}  // namespace ds_fp6::cuda::sm90

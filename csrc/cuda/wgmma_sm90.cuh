@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-namespace ds_fp6::sm90 {
+namespace ds_fp6::cuda::sm90 {
 
 // Orders the registers' last writes before the wgmmas that follow.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -28,10 +28,12 @@ __device__ inline void wgmma_wait() {
 __device__ inline void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 
 // Descriptor of B: rows of 64 16-bit values (128 bytes, 128-byte swizzle, 1024 bytes per 8 rows), k contiguous.
-// A step of 16 along k adds 2; the address counts 16-byte units and is 1024-byte aligned.
-__device__ inline uint64_t wgmma_descriptor(uint32_t shared_address) {
-    constexpr uint64_t kSwizzle128 = 1ull << 62, kStrideBetweenAtoms = (1024ull >> 4) << 32, kUnused = 1ull << 16;
-    return kSwizzle128 | kStrideBetweenAtoms | kUnused | ((shared_address & 0x3FFFF) >> 4);
+// `address` counts 16 bytes, up to 256 KB; it is that of a 1024-byte aligned atom, plus 2 for each step of 16 along k.
+__device__ inline uint64_t wgmma_descriptor(uint32_t address) {
+    constexpr uint32_t kSwizzle128 = 1u << 30, kBytesBetweenAtoms = 1024;
+    uint64_t descriptor;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(address), "r"(kSwizzle128 | kBytesBetweenAtoms >> 4));
+    return descriptor;
 }
 
 template <class T, int kTokens>
@@ -187,4 +189,4 @@ struct Wgmma<__nv_bfloat16, 128> {
 #undef DS_FP6_F32
 #undef DS_FP6_F64
 
-}  // namespace ds_fp6::sm90
+}  // namespace ds_fp6::cuda::sm90
