@@ -87,37 +87,46 @@ def test_op_builder_imports_nothing_of_ours_and_no_engine():
 
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 TORCH_HEADER = re.compile(r"(torch|ATen|c10)/")
+#: Bindings and launchers, and the header that they share.
+TORCH_USERS = {
+    ROOT / "csrc" / name
+    for name in ("cpu/bindings.cpp", "cuda/bindings.cpp", "cuda/linear.cpp", "cuda/quantize.cpp", "cuda/checks.h")
+}
 
 
 def includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), flags=re.M)
 
 
+def included_sources(path: Path) -> list[Path]:
+    """Those of ``path``'s includes that are ours."""
+    candidates = [[path.parent / name, ROOT / "csrc" / name] for name in includes(path)]
+    return [next(c.resolve() for c in pair if c.is_file()) for pair in candidates if any(c.is_file() for c in pair)]
+
+
 def source_rank(path: Path) -> int:
-    """common, then ptx and dequant, then other headers, then launchers, then bindings."""
-    if "common" in path.relative_to(ROOT).parts:
+    """common, then ptx and dequant, then other headers, then sources, then those with torch, then bindings."""
+    if path.parent.name == "common":
         return 0
+    if path in TORCH_USERS:
+        return 5 if path.stem == "bindings" else 4
     if path.suffix in (".h", ".cuh"):
         return 1 if re.match(r"ptx|dequant", path.stem) else 2
-    return 4 if path.stem.startswith("bindings") else 3
+    return 3
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_includes_point_downward(path):
-    for name in includes(path):
-        candidates = [path.parent / name, ROOT / "csrc" / name]
-        included = next((c.resolve() for c in candidates if c.is_file()), None)
-        if included is not None:
-            assert included.suffix in (".h", ".cuh"), f"{name} is no header"
-            assert source_rank(included) <= source_rank(path), f"{relative(path)} includes {name}"
-            assert included.parent.name in (path.parent.name, "common"), f"{relative(path)} includes {name}"
+    for included in included_sources(path):
+        assert included.suffix in (".h", ".cuh"), f"{relative(included)} is no header"
+        assert source_rank(included) <= source_rank(path), f"{relative(path)} includes {relative(included)}"
+        assert included.parent.name in (path.parent.name, "common"), f"{relative(path)} includes {relative(included)}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_torch_headers_stop_at_bindings_and_launchers(path):
+@pytest.mark.parametrize("path", [p for p in SOURCES if p not in TORCH_USERS], ids=relative)
+def test_kernels_need_no_torch(path):
     torch_headers = [name for name in includes(path) if TORCH_HEADER.match(name)]
-    launcher = path.suffix == ".cu" or path.stem.startswith("bindings")
-    assert launcher or not torch_headers, f"only bindings and launchers may include {torch_headers}"
+    assert not torch_headers, "torch headers stop at bindings and launchers"
 
 
 def test_extensions_have_no_pybind():
