@@ -180,10 +180,16 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
                  [&](int64_t begin, int64_t end) { kernel.prepare_x(problem, plan, to, begin, end); });
         units = to;
     }
-    // A thread is worth waking for about 16 KiB of weights times a row of x.
+    // Threads fetch tasks as they come free: one that the system holds up then delays a few tasks, not its share. A
+    // thread is worth waking for about 16 KiB of weights times a row of x.
     const int64_t task_work = plan.n_tile * w.row_bytes() * plan.m_tile;
-    parallel(plan.tasks, 16384 / task_work + 1,
-             [&](int64_t begin, int64_t end) { kernel.linear(problem, plan, units, begin, end); });
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), ceil_div(plan.tasks * task_work, 16384));
+    const int64_t fetch = std::max<int64_t>(1, plan.tasks / (16 * threads));
+    std::atomic<int64_t> next{0};
+    parallel(threads, 1, [&](int64_t, int64_t) {
+        for (int64_t begin; (begin = next.fetch_add(fetch)) < plan.tasks;)
+            kernel.linear(problem, plan, units, begin, std::min(begin + fetch, plan.tasks));
+    });
     return y;
 }
 

@@ -83,9 +83,9 @@ struct Kernels {
         plan.dot = p.m <= kMaxDotRows && !plan.scale_weights;
 
         const int64_t unit_codes = plan.bf16 ? 2 : 1;
-        plan.use_x = plan.dot && w.k % Fp32::kChunk == 0 && (plan.bf16 || p.dtype == Dtype::kFloat32);
-        plan.ldx = (plan.use_x ? w.k : round_up(w.k, Fp32::kChunk)) / unit_codes;
-        // Rows a multiple of 1 KiB apart would compete for a few sets of L1.
+        plan.use_x = w.k % Fp32::kChunk == 0 && (plan.bf16 || p.dtype == Dtype::kFloat32);
+        plan.ldx = round_up(w.k, Fp32::kChunk) / unit_codes;
+        // Rows a multiple of 1 KiB apart would compete for a few sets of L1. That alone is no reason to copy x.
         if (!plan.use_x && plan.ldx % 256 == 0) plan.ldx += 16;
 
         if (plan.dot) {
