@@ -164,8 +164,21 @@ def render(found: dict[str, Any]) -> str:
     lines += [f"  {name}: {version or 'not found'}" for name, version in found["compilers"].items()]
     lines += ["", "hooks", *(f"  {package}: {state}" for package, state in found["hooks"].items())]
     lines += ["", "repaired", *(f"  {repair['name']}: {repair['repairs']}" for repair in found["repairs"])]
-    lines += ["", "quantization modes"]
-    for mode, problems in found["modes"].items():
-        answers = (f"{kind}: {'runs' if why is None else 'no, ' + why}" for kind, why in problems.items())
-        lines.append(f"  {mode:13} " + "; ".join(answers))
+    lines += ["", "quantization modes", *_modes_as_text(found["modes"])]
     return "\n".join(lines)
+
+
+def _modes_as_text(modes: dict[str, dict[str, str | None]]) -> list[str]:
+    """A line for each kind of device on which all modes fare alike; a line for each mode on the others."""
+    lines, differing = [], []
+    for kind in ("cpu", "cuda"):
+        outcomes = {problems[kind] for problems in modes.values()}
+        if len(outcomes) == 1:
+            problem = outcomes.pop()
+            lines.append(f"  {kind}: " + (f"runs {', '.join(modes)}" if problem is None else f"none, {problem}"))
+        else:
+            differing.append(kind)
+    for mode, problems in modes.items():
+        answers = (f"{kind}: {'runs' if problems[kind] is None else 'no, ' + problems[kind]}" for kind in differing)
+        lines += [f"  {mode}  " + "; ".join(answers)] * bool(differing)
+    return lines

@@ -79,8 +79,16 @@ def test_environment_as_json(capsys):
 def test_environment_as_text(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    for mode in environment.MODES:
-        assert f"\n  {mode} " in out
+    assert f"\n  cpu: runs {', '.join(environment.MODES)}\n" in out
+
+
+def test_environment_lists_modes_one_by_one_where_they_differ():
+    modes = {"wf6af16": {"cpu": None, "cuda": None}, "wf6a32": {"cpu": None, "cuda": "fp32 runs on a CPU only"}}
+    assert environment._modes_as_text(modes) == [
+        "  cpu: runs wf6af16, wf6a32",
+        "  wf6af16  cuda: runs",
+        "  wf6a32  cuda: no, fp32 runs on a CPU only",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
