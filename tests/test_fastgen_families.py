@@ -8,8 +8,8 @@ import torch
 
 #: fp32 logits whose standard deviation is 1.5: a few units of rounding a layer.
 FP32_TOLERANCE = 3e-5
-#: bf16 and fp16 logits of the same models against transformers in fp32, by the steps of their mantissas.
-HALF_TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.03}
+#: Root mean square of the same logits' rounding errors in 16 bits; transformers' own are 0.04 and 0.008.
+HALF_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.01}
 
 NEW_TOKENS = 64
 CHUNK = 64
@@ -95,12 +95,14 @@ def test_greedy_tokens_under_split_prompts_and_exhausted_cache(family, monkeypat
 
 
 @pytest.mark.parametrize("dtype", HALF_TOLERANCE)
-@pytest.mark.parametrize("name", ["llama_gqa", "opt", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["llama_gqa", "opt", "falcon_new"])
 def test_16_bit_logits(name, dtype, tmp_path):
-    model = models.build(name, dtype)
-    engine = build_engine(models.save(model, tmp_path))
+    from transformers import AutoModelForCausalLM
+
+    path = models.save(models.build(name, dtype), tmp_path)
+    engine = build_engine(path)
     assert engine.model().activation_dtype.value == dtype
-    model = model.float()
+    exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     for uid, prompt in enumerate(models.random_prompts(17, 200)):
-        difference = (engine_logits(engine, uid, prompt) - reference_logits(model, prompt)).abs().max()
-        assert difference < HALF_TOLERANCE[dtype]
+        difference = engine_logits(engine, uid, prompt) - reference_logits(exact, prompt)
+        assert difference.square().mean().sqrt() < HALF_TOLERANCE[dtype]

@@ -69,15 +69,16 @@ def _init(original, self, inference_engine, tokenizer, model_config) -> None:
         original(self, inference_engine, tokenizer, own)
     self.model_config = model_config
     # Left to the garbage collector, the context may go before its socket, and waits for it for ever.
-    weakref.finalize(self, _close, self._zmq_context)
+    weakref.finalize(self, _close, self.socket, self._zmq_context)
     capacity = kv_capacity(inference_engine)
     if capacity < self.max_length:
         logger.warning(f"ds_fp6: the KV cache holds {capacity} tokens, so sequences end there, not at {self.max_length}")
         self.max_length = capacity
 
 
-def _close(context) -> None:
-    context.destroy(linger=0)
+def _close(zmq_socket, context) -> None:
+    zmq_socket.close(linger=0)
+    context.term()
 
 
 def _call(original, self, *args, **kwargs):
