@@ -56,7 +56,7 @@ struct Avx2Fp32 {
     using Sum = __m256;
     using Weights = __m256;
     using Native = Avx2Native;
-    static constexpr int kLanes = 8, kVectors = 2, kChunk = 16, kUnitCodes = 1;
+    static constexpr int kLanes = 8, kVectors = 4, kChunk = 32, kUnitCodes = 1;
     static constexpr int kTileVectors = 2, kRegisterRows = 6;
 
     struct Expander {
@@ -90,15 +90,7 @@ struct Avx2Fp32 {
         }
         float scale() const { return power; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
-            __m128i run;
-            if (left >= 16) {
-                run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-            } else {
-                alignas(16) uint8_t last[16] = {};
-                for (int i = 0; i < left; ++i) last[i] = codes[i];
-                run = _mm_load_si128(reinterpret_cast<const __m128i*>(last));
-            }
+        DS_FP6_INLINE void expand16(__m128i run, Weights out[2]) const {
             __m256i lanes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(run), bytes);
             lanes = _mm256_mullo_epi16(lanes, factors);
             lanes = _mm256_and_si256(_mm256_sra_epi16(lanes, exponent_shift), mask);
@@ -110,6 +102,16 @@ struct Avx2Fp32 {
                 out[0] = _mm256_cvtph_ps(low);
                 out[1] = _mm256_cvtph_ps(high);
             }
+        }
+
+        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
+            alignas(16) uint8_t last[32];
+            if (__builtin_expect(left < 2 * bits + 16, 0)) {  // what a load of each half would reach
+                for (int i = 0; i < 32; ++i) last[i] = i < left ? codes[i] : 0;
+                codes = last;
+            }
+            expand16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), out);
+            expand16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 2 * bits)), out + 2);
         }
     };
 
@@ -161,19 +163,19 @@ struct Avx2Fp32 {
         float* out = reinterpret_cast<float*>(tile);
         for (int v = 0; v < kTileVectors; ++v)
             for (int64_t c = 0; c < chunks; ++c) {
-                __m256 half[2][8];
+                __m256 eights[kVectors][8];
                 for (int r = 0; r < 8; ++r) {
                     const uint8_t* row = rows[v * 8 + r];
                     Weights weights[kVectors];
-                    const uint8_t* from = row + offset + c * 2 * expander.bits;
-                    if (c % 4 == 0) __builtin_prefetch(from + ahead, 0, 2);
-                    expander.expand(from, left - c * 2 * expander.bits, weights);
-                    half[0][r] = weights[0];
-                    half[1][r] = weights[1];
+                    const uint8_t* from = row + offset + c * 4 * expander.bits;
+                    if (c % 2 == 0) __builtin_prefetch(from + ahead, 0, 2);
+                    expander.expand(from, left - c * 4 * expander.bits, weights);
+                    for (int j = 0; j < kVectors; ++j) eights[j][r] = weights[j];
                 }
-                for (int h = 0; h < 2; ++h) {
-                    transpose(half[h]);
-                    for (int i = 0; i < 8; ++i) store_sum(out + (v * kTileUnits + c * kChunk + h * 8 + i) * kLanes, half[h][i]);
+                for (int j = 0; j < kVectors; ++j) {
+                    transpose(eights[j]);
+                    for (int i = 0; i < 8; ++i)
+                        store_sum(out + (v * kTileUnits + c * kChunk + j * 8 + i) * kLanes, eights[j][i]);
                 }
             }
     }

@@ -12,8 +12,8 @@ constexpr float kSmallestScale = 0x1p-126f;
 // codes[n] = code of the value nearest to w / scale: ties away from zero, saturating, never -0.
 //
 // Above the smallest normal, adding half a unit to the fp32 bits and cutting them off rounds the magnitude, and a
-// carry moves into the exponent by itself. Below it, units of the smallest value are counted; halves are found by
-// comparison, because adding 0.5 would round a second time.
+// carry moves into the exponent by itself. Below it, whole halves of the smallest value are counted, then rounded up to
+// units as integers; adding 0.5 to a float would round a second time. No branches: the compiler vectorizes.
 inline void encode(const float* w, int64_t n, float scale, const FormatSpec& format, uint8_t* codes) {
     const int drop = 23 - format.mantissa_bits, sign_shift = 31 - (format.bits() - 1);
     const uint32_t half = 1u << (drop - 1);
@@ -21,17 +21,14 @@ inline void encode(const float* w, int64_t n, float scale, const FormatSpec& for
     const int32_t max_code = (1 << (format.bits() - 1)) - 1;
     const int32_t sign_bit = 1 << (format.bits() - 1);
     const int32_t normal = int32_t(128 - format.bias()) << 23;  // bits of 2^(1 - bias)
-    const float to_units = bits_to_float(uint32_t(127 + format.bias() - 1 + format.mantissa_bits) << 23);
-    const float limit = bits_to_float(uint32_t(normal));
+    const float to_half_units = bits_to_float(uint32_t(127 + format.bias() + format.mantissa_bits) << 23);
     for (int64_t i = 0; i < n; ++i) {
         const float t = w[i] / scale;
         const int32_t bits = int32_t(float_to_bits(t));
         const int32_t magnitude = bits & 0x7fffffff;
         const int32_t rounded = int32_t(((uint32_t(magnitude) + half) >> drop) - rebias);
-        const float small = magnitude < normal ? bits_to_float(uint32_t(magnitude)) : limit;
-        const float units = small * to_units;
-        const int32_t whole = int32_t(units);
-        const int32_t subnormal = whole + (units - float(whole) >= 0.5f ? 1 : 0);
+        const float small = bits_to_float(uint32_t(magnitude < normal ? magnitude : normal));
+        const int32_t subnormal = (int32_t(small * to_half_units) + 1) >> 1;
         int32_t code = magnitude < normal ? subnormal : rounded;
         code = code < max_code ? code : max_code;
         const int32_t sign = code > 0 ? int32_t(uint32_t(bits) >> sign_shift) & sign_bit : 0;
