@@ -88,9 +88,9 @@ public:
         }
         if (steps == 0) return;
         ring_.wait_full(slot_);
-        uint32_t words[kBits];
-        load(words, slot_, 0);
-        unroll<4>([&](auto k) { C::template expand<k>(words, a_[0][k]); });
+        load(words_[0], slot_, 0);
+        load(words_[1], slot_, 1);
+        unroll<4>([&](auto k) { C::template expand<k>(words_[0], a_[0][k]); });
         for (int step = 1; step < steps; ++step) stage<false>(sums, step > 1);
         stage<true>(sums, steps > 1);
         wgmma_wait<0>();
@@ -101,32 +101,38 @@ private:
     using Slot = typename Ring<T, kBits>::Slot;
     using Weights = uint32_t[4][4];  // [step of 16 along K][register of A]
 
-    // On entry the stage's first unit lies in a_[0]; on exit, unless it was the last stage, the next stage's.
+    // While unit u is multiplied, unit u + 1 is dequantized and the words of unit u + 2 are loaded. On entry the stage's
+    // first unit lies in a_[0] and the second one's words in words_[1]; on exit, unless it was the last stage, the
+    // next stage's do.
     template <bool kLast>
     __device__ void stage(Sums& sums, bool releases) {
         const Slot current = slot_;
-        // NOTE: the compiler takes what a shuffle returns for uniform: descriptors then cost one move each, not five.
+        // NOTE: the compiler takes what a shuffle returns for uniform: a descriptor then costs one move, not five. It
+        // forgets if the value is carried over from the previous stage.
         const uint32_t b = __shfl_sync(~0u, (ring_.activations(current.index) + activations_offset_) >> 4, 0);
         slot_.advance();
         unroll<T::kUnits>([&](auto unit) {
-            constexpr bool kFetches = unit + 1 < T::kUnits || !kLast;
+            constexpr bool kExpands = unit + 1 < T::kUnits || !kLast, kLoads = unit + 2 < T::kUnits || !kLast;
+            constexpr bool kEnters = unit + 2 == T::kUnits && !kLast;  // the next stage
             constexpr int kBlock = unit / T::kOwnPanels * T::kSplit;
-            uint32_t words[kBits];
+            const bool entered = kEnters && ring_.is_full(slot_);
             unroll<2>([&](auto half) {
                 constexpr int k = 2 * half;
                 multiply_32(sums[unit % T::kOwnPanels], a_[unit % 2][k], a_[unit % 2][k + 1],
                             b + kBlock * (Layout::kActivationBlock / 16) + 2 * k);
-                if constexpr (kFetches && half == 0) {
-                    if constexpr (unit + 1 == T::kUnits) ring_.wait_full(slot_);
-                    load(words, unit + 1 == T::kUnits ? slot_ : current, (unit + 1) % T::kUnits);
+                if constexpr (kEnters && half == 1) {
+                    if (!entered) ring_.wait_full(slot_);
+                }
+                if constexpr (kLoads && half == 1) {
+                    load(words_[unit % 2], unit + 2 < T::kUnits ? current : slot_, (unit + 2) % T::kUnits);
                 }
                 // All but the newest two are done: the registers of the previous unit's same half are free, and after
                 // the first unit so is the previous stage.
                 wgmma_wait<2>();
                 if (unit == 0 && half == 1 && releases) ring_.release(previous_, lane_);
-                if constexpr (kFetches) {
-                    C::template expand<k>(words, a_[(unit + 1) % 2][k]);
-                    C::template expand<k + 1>(words, a_[(unit + 1) % 2][k + 1]);
+                if constexpr (kExpands) {
+                    C::template expand<k>(words_[(unit + 1) % 2], a_[(unit + 1) % 2][k]);
+                    C::template expand<k + 1>(words_[(unit + 1) % 2], a_[(unit + 1) % 2][k + 1]);
                 }
             });
         });
@@ -154,6 +160,7 @@ private:
     int first_panel_;
     uint32_t weights_offset_, activations_offset_;
     Slot slot_, previous_;
+    uint32_t words_[2][kBits];  // of a unit with even number, with odd number
     Weights a_[2];
 };
 

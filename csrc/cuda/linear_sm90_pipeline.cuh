@@ -116,6 +116,7 @@ struct Ring {
         barrier_init_fence();
     }
 
+    __device__ bool is_full(Slot slot) const { return barrier_try_wait(full(slot.index), slot.parity); }
     __device__ void wait_full(Slot slot) const { barrier_wait(full(slot.index), slot.parity); }
 
     // NOTE: the parity of the previous turn, so that the first turn does not wait.
