@@ -6,7 +6,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 
 BIN   := $(VENV)/bin
-PIP   := $(BIN)/python -m pip --disable-pip-version-check
+# Without --no-compile, pip compiles thousands of modules that are never imported.
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 READY := $(VENV)/ds_fp6-ready
 
 .PHONY: demo test bench clean
@@ -28,12 +29,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/ds_fp6-torch: | $(BIN)/python
-	@if nvidia-smi >/dev/null 2>&1; then $(PIP) install -q "$(TORCH)"; \
-	else $(PIP) install -q "$(TORCH)+cpu" 2>/dev/null || $(PIP) install -q "$(TORCH)"; fi
-	$(PIP) install -q numpy setuptools wheel
+	@if nvidia-smi >/dev/null 2>&1; then $(PIP) "$(TORCH)"; \
+	else $(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) "$(TORCH)"; fi
+	$(PIP) numpy setuptools wheel
 	@touch $@
 
 # The requirements come from the table of supported versions.
 $(READY): setup.py ds_fp6/integrations/versions.py $(VENV)/ds_fp6-torch
-	DS_BUILD_OPS=0 $(PIP) install -q -e ".[test]"
+	DS_BUILD_OPS=0 $(PIP) -e ".[test]"
 	@touch $@
