@@ -88,9 +88,9 @@ def test_op_builder_imports_nothing_of_ours_and_no_engine():
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 TORCH_HEADER = re.compile(r"(torch|ATen|c10)/")
 #: Bindings and launchers, and the header that they share.
-TORCH_USERS = {
+TORCH_USERS = {p for p in SOURCES if p.name.endswith("bindings.cpp")} | {
     ROOT / "csrc" / name
-    for name in ("cpu/bindings.cpp", "cuda/bindings.cpp", "cuda/linear.cpp", "cuda/quantize.cpp", "cuda/checks.h")
+    for name in ("cuda/linear.cpp", "cuda/quantize.cpp", "cuda/checks.h")
 }
 
 
@@ -109,7 +109,7 @@ def source_rank(path: Path) -> int:
     if path.parent.name == "common":
         return 0
     if path in TORCH_USERS:
-        return 5 if path.stem == "bindings" else 4
+        return 5 if path.stem.endswith("bindings") else 4
     if path.suffix in (".h", ".cuh"):
         return 1 if re.match(r"ptx|dequant", path.stem) else 2
     return 3
