@@ -22,4 +22,8 @@ class CPUBuilder(ExtensionBuilder):
             "csrc/cpu/linear_avx2.cpp",
             "csrc/cpu/linear_avx512_base.cpp",
             "csrc/cpu/linear_avx512.cpp",
+            "csrc/cpu/ragged_bindings.cpp",
+            "csrc/cpu/ragged_generic.cpp",
+            "csrc/cpu/ragged_avx2.cpp",
+            "csrc/cpu/ragged_avx512.cpp",
         ]

@@ -1,6 +1,7 @@
-"""The op builders that DeepSpeed's inference engine asks an accelerator for, with nothing to build.
+"""The op builders that DeepSpeed's inference engine asks an accelerator for.
 
-Each ``load()`` returns an object with the operators' functions, as the compiled CUDA extension would have them.
+Each ``load()`` returns an object with the operators' functions, as the compiled CUDA extension would have them. What
+there is to build is the extension of the CPU kernels (``ds_fp6.ops``), once for all of them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from types import SimpleNamespace
 
 from deepspeed.ops.op_builder.builder import OpBuilder
 
-from ds_fp6.cpu import attention, core_ops, moe_ops, ragged_ops
+from ds_fp6 import ops
+from ds_fp6.cpu import attention, compiled, core_ops, moe_ops, ragged_ops
 
 
-class _ReadyBuilder(OpBuilder):
-    """A builder of operators that exist already."""
+class _CPUBuilder(OpBuilder):
+    """A builder of operators that Python functions stand for."""
 
     BUILD_VAR = "DS_BUILD_FP6_CPU"
     NAME = ""
@@ -32,25 +34,26 @@ class _ReadyBuilder(OpBuilder):
         return True
 
     def load(self, verbose: bool = False) -> SimpleNamespace:
+        ops.load("CPU")
         return self.OPERATORS
 
 
-class InferenceCoreBuilder(_ReadyBuilder):
+class InferenceCoreBuilder(_CPUBuilder):
     NAME = "inference_core_ops"
     OPERATORS = SimpleNamespace(
         create_handle=core_ops.create_handle,
-        blas_linear=core_ops.blas_linear,
-        bias_activation=core_ops.bias_activation,
-        gated_activation=core_ops.gated_activation,
-        rms_norm=core_ops.rms_norm,
-        rms_pre_norm=core_ops.rms_pre_norm,
-        layer_norm=core_ops.layer_norm,
-        pre_layer_norm=core_ops.pre_layer_norm,
-        post_layer_norm=core_ops.post_layer_norm,
+        blas_linear=compiled.blas_linear,
+        bias_activation=compiled.bias_activation,
+        gated_activation=compiled.gated_activation,
+        rms_norm=compiled.rms_norm,
+        rms_pre_norm=compiled.rms_pre_norm,
+        layer_norm=compiled.layer_norm,
+        pre_layer_norm=compiled.pre_layer_norm,
+        post_layer_norm=compiled.post_layer_norm,
     )
 
 
-class RaggedUtilsBuilder(_ReadyBuilder):
+class RaggedUtilsBuilder(_CPUBuilder):
     NAME = "ragged_ops"
     OPERATORS = SimpleNamespace(
         allocate_fast_host_buffer=ragged_ops.allocate_fast_host_buffer,
@@ -59,14 +62,14 @@ class RaggedUtilsBuilder(_ReadyBuilder):
     )
 
 
-class RaggedOpsBuilder(_ReadyBuilder):
+class RaggedOpsBuilder(_CPUBuilder):
     NAME = "ragged_device_ops"
     OPERATORS = SimpleNamespace(
         build_atoms=attention.build_atoms,
-        flash_attn_by_atoms=attention.flash_attn_by_atoms,
-        kv_rotary_embeddings=ragged_ops.kv_rotary_embeddings,
+        flash_attn_by_atoms=compiled.flash_attn_by_atoms,
+        kv_rotary_embeddings=compiled.kv_rotary_embeddings,
         kv_trained_rotary_embeddings=ragged_ops.kv_trained_rotary_embeddings,
-        linear_kv_copy=ragged_ops.linear_kv_copy,
+        linear_kv_copy=compiled.linear_kv_copy,
         ragged_embed=ragged_ops.ragged_embed,
         gather_for_logits=ragged_ops.gather_for_logits,
         top_k_gating=moe_ops.top_k_gating,
@@ -75,7 +78,7 @@ class RaggedOpsBuilder(_ReadyBuilder):
     )
 
 
-class InferenceCutlassBuilder(_ReadyBuilder):
+class InferenceCutlassBuilder(_CPUBuilder):
     NAME = "cutlass_ops"
     OPERATORS = SimpleNamespace(
         moe_gemm=moe_ops.moe_gemm, mixed_gemm=moe_ops.mixed_gemm, mixed_moe_gemm=moe_ops.mixed_moe_gemm
