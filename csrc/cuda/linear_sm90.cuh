@@ -7,62 +7,77 @@
 
 #include "linear_sm90_epilogue.cuh"
 
-namespace ds_fp6::cuda::sm90 {
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
 
-template <class T, class C>
-__global__ void __launch_bounds__(T::kThreads, T::kResident)
+// How a block's threads and registers are shared out.
+template <class T, bool kGrouped>
+struct Threads {
+    static constexpr int kSums = (T::kOwnPanels + (kGrouped ? 1 : 0)) * T::kSums;  // registers
+    // Beyond that 168 registers a thread, the even share of 384 threads, are too few; the producers then hand theirs to
+    // the consumers, which takes whole warpgroups.
+    static constexpr bool kMovesRegisters = kSums > 80;
+    static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+    static constexpr int kCount = T::kConsumers * 128 + (kMovesRegisters ? 128 : 64);
+};
+
+template <class T, class C, bool kGrouped>
+__global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
     linear_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ Problem p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    using Shares = Threads<T, kGrouped>;
     extern __shared__ __align__(1024) uint8_t shared[];
-    using BlockRing = Ring<T, C::kBits>;
-    const BlockRing ring{shared_address(shared), T::kCluster > 1 ? cluster_rank() : 0};
+    const Ring<T, C::kBits> ring{shared_address(shared)};
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warpgroup = warp / 4;
+    const int rank = T::kClusterK > 1 ? cluster_rank() : 0;
     // NOTE: a block waits only for partial sums of blocks launched before it, or a second kernel on the GPU could keep
     // those it waits for from starting.
-    const int worker = p.schedule.workers - 1 - static_cast<int>(blockIdx.x) / T::kCluster;
+    const int worker = p.schedule.workers - 1 - static_cast<int>(blockIdx.x) / T::kClusterK;
 
-    if (thread == T::kConsumers * 128) ring.initialize();
-    if constexpr (T::kCluster > 1) {
-        cluster_sync();
-    } else {
-        __syncthreads();
+    if (thread == T::kConsumers * 128) {
+        ring.initialize();
+        if constexpr (T::kClusterK > 1) Exchange<T, C::kBits>::initialize(ring);
+        barrier_init_fence();
     }
-    if (p.overlap == 1) launch_later_grids();
+    sync_blocks<T>();
+    launch_later_grids();
 
     if (warpgroup < T::kConsumers) {
-        if constexpr (T::kMovesRegisters) registers_increase<T::kConsumerRegisters>();
+        if constexpr (Shares::kMovesRegisters) registers_increase<Shares::kConsumerRegisters>();
         wait_for_earlier_grids();
-        Consumer<T, C> consumer(ring, warpgroup, warp % 4, lane);
-        const Epilogue<T, C> epilogue(p, ring, shared, worker, warpgroup, thread % 128);
+        Consumer<T, C, kGrouped> consumer(p, ring, warpgroup, warp % 4, lane);
+        Exchange<T, C::kBits> exchange(ring, rank, warpgroup, thread % 128);
+        const Epilogue<T, C, kGrouped> epilogue(p, ring, worker, rank, warpgroup, thread % 128);
         PieceWalk walk(p.schedule, worker);
         for (Piece piece; walk.next(piece);) {
-            float sums[T::kOwnPanels][T::kAccumulators];
+            float sums[T::kOwnPanels][T::kSums], half[T::kOwnPanels][T::kOwnSums];
             const auto terms = epilogue.load_terms(piece);
-            const Piece own = ring.own_part(piece);
-            consumer.multiply(sums, own.end - own.begin);
-            if (!epilogue.add_up_split(sums)) continue;
-            epilogue.add_up_cluster(sums);
+            consumer.multiply(sums, part_of<T::kClusterK>(piece, rank));
+            if (!exchange.add_up_turns(sums)) continue;
+            auto& own = exchange.add_up_cluster(sums, half);
             if (piece.begin != 0) {
-                epilogue.publish(sums);
+                epilogue.publish(own);
             } else {
-                if (piece.end != p.schedule.steps) epilogue.collect(sums, piece);
-                epilogue.store(sums, piece.tile, terms);
+                if (piece.end != p.schedule.steps) epilogue.collect(own, piece);
+                epilogue.store(own, piece.tile, terms);
             }
         }
+        exchange.wait_taken();
     } else {
-        if constexpr (T::kMovesRegisters) registers_decrease<T::kProducerRegisters>();
-        if (warp == T::kConsumers * 4 && lane == 0) copy_weights(p, ring, worker);
+        if constexpr (Shares::kMovesRegisters) registers_decrease<Shares::kProducerRegisters>();
+        if (warp == T::kConsumers * 4 && lane == 0) copy_weights(p, ring, worker, rank);
         if (warp == T::kConsumers * 4 + 1 && lane == 0) {
             tensor_prefetch(&x_map);
             wait_for_earlier_grids();
-            copy_activations(p, &x_map, ring, worker);
+            copy_activations(p, &x_map, ring, worker, rank);
         }
         __syncwarp();
-        if constexpr (T::kClusterK > 1) cluster_sync_memory();  // as the consumers, in add_up_cluster
     }
-
-    if constexpr (T::kCluster > 1) {  // no block leaves while another may still signal its barriers
-        cluster_sync();
-    }
+    if constexpr (T::kClusterK > 1) sync_blocks<T>();  // no block leaves while the other may still signal it
+#endif
 }
 
-}  // namespace ds_fp6::cuda::sm90
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6

@@ -1,5 +1,5 @@
 // The warpgroups that multiply: words from shared memory -> weights in registers -> wgmma. While a unit (a 64x64 block of
-// weights) is multiplied in four steps of 16 along K, the next one is dequantized, a step after a step.
+// weights) is multiplied in steps of 16 along K, the next one is dequantized and the words of the one after it are loaded.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,9 @@
 #include "linear_sm90_pipeline.cuh"
 #include "wgmma_sm90.cuh"
 
-namespace ds_fp6::cuda::sm90 {
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
 
 // A compile-time index as a value, on the device too.
 template <int kValue>
@@ -28,11 +30,11 @@ __device__ __forceinline__ void unroll(Body body) {
     unroll(body, std::make_integer_sequence<int, kCount>());
 }
 
-// How a lane's words of a 16x64 block become operands of Type.
-template <class Fmt, class Type>
+// How a lane's words of a 16x64 block become operands of T, Half or BFloat16.
+template <class Fmt, class T>
 struct Codes {
-    using Dequantize = Dequant<Fmt, std::conditional_t<std::is_same_v<Type, __half>, Half, BFloat16>>;
-    using Element = Type;
+    using Dequantize = Dequant<Fmt, T>;
+    using Element = std::conditional_t<std::is_same_v<T, Half>, __half, __nv_bfloat16>;
     static constexpr int kBits = Fmt::kBits;
     static constexpr float kValue = static_cast<float>(1 << Dequantize::kScaleExponent);  // of an operand's 1
 
@@ -60,39 +62,75 @@ struct Codes {
     }
 };
 
-template <class T, class C>
+// Scales of groups along K: a unit is summed on its own, then added with its two channels' scales.
+template <class T>
+struct GroupedSums {
+    const float* row[T::kOwnPanels][2];  // scales of the two channels of a thread in each panel
+    uint32_t blocks_inverse;             // ceil(2^31 / blocks of a group)
+    float scale[2];                      // of the unit, for both channels
+    float part[T::kSums];                // of the unit
+
+    __device__ void start(const Problem& p, int first_channel) {
+        blocks_inverse = (0x80000000u + p.group_blocks - 1) / p.group_blocks;
+#pragma unroll
+        for (int i = 0; i < 2 * T::kOwnPanels; ++i) {
+            const int n = min(first_channel + i / 2 * 64 + i % 2 * 8, p.n - 1);
+            row[i / 2][i % 2] = p.scales + static_cast<int64_t>(n) * p.groups;
+        }
+    }
+
+    template <int kUnit>
+    __device__ void load_scale(int block) {
+        const uint32_t group = __umulhi(2 * block, blocks_inverse);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scale[i] = __ldg(row[kUnit % T::kOwnPanels][i] + group);
+    }
+
+    template <int kUnit>
+    __device__ void add(float (&sums)[T::kOwnPanels][T::kSums]) {
+#pragma unroll
+        for (int i = 0; i < T::kSums; ++i) {
+            sums[kUnit % T::kOwnPanels][i] += part[i] * scale[i / 2 % 2];
+        }
+    }
+};
+
+struct NotGrouped {};
+
+template <class T, class C, bool kGrouped>
 class Consumer {
 public:
     static constexpr int kBits = C::kBits;
     using Element = typename C::Element;
     using Layout = SharedLayout<T, kBits>;
-    using Sums = float[T::kOwnPanels][T::kAccumulators];
+    using Sums = float[T::kOwnPanels][T::kSums];
 
-    __device__ Consumer(const Ring<T, kBits>& ring, int warpgroup, int warp, int lane)
-        : ring_(ring), lane_(lane) {
-        const int group = warpgroup / T::kSplit, turn = warpgroup % T::kSplit;
-        first_panel_ = group * T::kOwnPanels;
-        // Unit u: panel first_panel_ + u % kOwnPanels, block of K turn + kSplit * (u / kOwnPanels).
-        weights_offset_ = (first_panel_ * T::kBlocks + turn) * Layout::kWeightBlock + warp * 128 * kBits;
-        activations_offset_ = turn * Layout::kActivationBlock;
+    __device__ Consumer(const Problem& p, const Ring<T, kBits>& ring, int warpgroup, int warp, int lane)
+        : p_(p), ring_(ring), lane_(lane) {
+        const int group = warpgroup / T::kSplit;
+        turn_ = warpgroup % T::kSplit;
+        channel_ = group * T::kOwnPanels * 64 + warp * 16 + lane / 4;
+        // Unit u: panel u % kOwnPanels of this consumer's, block of K turn + kSplit * (u / kOwnPanels).
+        weights_offset_ = (group * T::kOwnPanels * T::kBlocks + turn_) * Layout::kWeightBlock + warp * 128 * kBits;
+        activations_offset_ = turn_ * Layout::kActivationBlock;
     }
 
-    __device__ int first_panel() const { return first_panel_; }
-
-    // sums = weights . activations over the next `steps` stages of the ring.
-    __device__ void multiply(Sums& sums, int steps) {
+    // sums = weights . activations over a block's part of a piece: the next stages of the ring.
+    __device__ void multiply(Sums& sums, const Piece& own) {
+        unroll<T::kOwnPanels>([&](auto panel) {
 #pragma unroll
-        for (int panel = 0; panel < T::kOwnPanels; ++panel) {
-#pragma unroll
-            for (int i = 0; i < T::kAccumulators; ++i) sums[panel][i] = 0.f;
+            for (int i = 0; i < T::kSums; ++i) sums[panel][i] = 0.f;
+        });
+        if (own.begin == own.end) return;
+        if constexpr (kGrouped) {
+            grouped_.start(p_, tile_origin(p_.schedule, own.tile).n * T::kPanels * 64 + channel_);
         }
-        if (steps == 0) return;
         ring_.wait_full(slot_);
         load(words_[0], slot_, 0);
         load(words_[1], slot_, 1);
         unroll<4>([&](auto k) { C::template expand<k>(words_[0], a_[0][k]); });
-        for (int step = 1; step < steps; ++step) stage<false>(sums, step > 1);
-        stage<true>(sums, steps > 1);
+        for (int step = own.begin; step < own.end - 1; ++step) stage<false>(sums, step, step != own.begin);
+        stage<true>(sums, own.end - 1, own.end - 1 != own.begin);
         wgmma_wait<0>();
         ring_.release(previous_, lane_);
     }
@@ -101,25 +139,25 @@ private:
     using Slot = typename Ring<T, kBits>::Slot;
     using Weights = uint32_t[4][4];  // [step of 16 along K][register of A]
 
-    // While unit u is multiplied, unit u + 1 is dequantized and the words of unit u + 2 are loaded. On entry the stage's
-    // first unit lies in a_[0] and the second one's words in words_[1]; on exit, unless it was the last stage, the
-    // next stage's do.
+    // On entry the stage's first unit lies in a_[0] and the second one's words in words_[1]; on exit, unless it was the
+    // last stage, the next stage's do.
     template <bool kLast>
-    __device__ void stage(Sums& sums, bool releases) {
+    __device__ void stage(Sums& sums, int step, bool has_previous) {
         const Slot current = slot_;
         // NOTE: the compiler takes what a shuffle returns for uniform: a descriptor then costs one move, not five. It
         // forgets if the value is carried over from the previous stage.
         const uint32_t b = __shfl_sync(~0u, (ring_.activations(current.index) + activations_offset_) >> 4, 0);
         slot_.advance();
         unroll<T::kUnits>([&](auto unit) {
+            if constexpr (kGrouped) grouped_.template load_scale<unit>(block_of(step, unit));
             constexpr bool kExpands = unit + 1 < T::kUnits || !kLast, kLoads = unit + 2 < T::kUnits || !kLast;
             constexpr bool kEnters = unit + 2 == T::kUnits && !kLast;  // the next stage
             constexpr int kBlock = unit / T::kOwnPanels * T::kSplit;
             const bool entered = kEnters && ring_.is_full(slot_);
             unroll<2>([&](auto half) {
                 constexpr int k = 2 * half;
-                multiply_32(sums[unit % T::kOwnPanels], a_[unit % 2][k], a_[unit % 2][k + 1],
-                            b + kBlock * (Layout::kActivationBlock / 16) + 2 * k);
+                multiply_32(target(sums, unit), a_[unit % 2][k], a_[unit % 2][k + 1],
+                            b + kBlock * (Layout::kActivationBlock / 16) + 2 * k, !kGrouped || half != 0);
                 if constexpr (kEnters && half == 1) {
                     if (!entered) ring_.wait_full(slot_);
                 }
@@ -129,25 +167,40 @@ private:
                 // All but the newest two are done: the registers of the previous unit's same half are free, and after
                 // the first unit so is the previous stage.
                 wgmma_wait<2>();
-                if (unit == 0 && half == 1 && releases) ring_.release(previous_, lane_);
+                if (unit == 0 && half == 1 && has_previous) ring_.release(previous_, lane_);
                 if constexpr (kExpands) {
                     C::template expand<k>(words_[(unit + 1) % 2], a_[(unit + 1) % 2][k]);
                     C::template expand<k + 1>(words_[(unit + 1) % 2], a_[(unit + 1) % 2][k + 1]);
                 }
             });
+            if constexpr (kGrouped) {
+                wgmma_wait<0>();
+                grouped_.template add<unit>(sums);
+            }
         });
         previous_ = current;
     }
 
+    template <class Unit>
+    __device__ float (&target(Sums& sums, Unit unit))[T::kSums] {
+        if constexpr (kGrouped) return grouped_.part;
+        else return sums[unit % T::kOwnPanels];
+    }
+
     // Two steps of 16 along K; b: the first one's activations, in 16-byte units.
-    __device__ static void multiply_32(float (&sums)[T::kAccumulators], uint32_t (&a0)[4], uint32_t (&a1)[4],
-                                       uint32_t b) {
+    __device__ static void multiply_32(float (&sums)[T::kSums], uint32_t (&a0)[4], uint32_t (&a1)[4], uint32_t b,
+                                       bool adds) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) pin(a0[i]), pin(a1[i]);
         wgmma_fence();
-        Wgmma<Element, T::kTokens>::issue(sums, a0, wgmma_descriptor(b), 1);
+        Wgmma<Element, T::kTokens>::issue(sums, a0, wgmma_descriptor(b), adds);
         Wgmma<Element, T::kTokens>::issue(sums, a1, wgmma_descriptor(b + 2), 1);
         wgmma_commit();
+    }
+
+    // Of K, in blocks of 64.
+    __device__ int block_of(int step, int unit) const {
+        return step * T::kBlocks + turn_ + unit / T::kOwnPanels * T::kSplit;
     }
 
     __device__ void load(uint32_t (&words)[kBits], Slot slot, int unit) const {
@@ -155,13 +208,16 @@ private:
         C::load(words, ring_.weights(slot.index) + weights_offset_ + block * Layout::kWeightBlock, lane_);
     }
 
+    const Problem& p_;
     const Ring<T, kBits>& ring_;
-    int lane_;
-    int first_panel_;
+    int lane_, turn_, channel_;
     uint32_t weights_offset_, activations_offset_;
     Slot slot_, previous_;
     uint32_t words_[2][kBits];  // of a unit with even number, with odd number
     Weights a_[2];
+    std::conditional_t<kGrouped, GroupedSums<T>, NotGrouped> grouped_;
 };
 
-}  // namespace ds_fp6::cuda::sm90
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6

@@ -1,29 +1,24 @@
-// Host side of linear_sm90_kernel: tensor map, schedule, launch. No torch, no link against libcuda.
+// Host side of linear_sm90_kernel for one format and activation type: tensor map, schedule, launch.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <type_traits>
+
+#include "linear.h"
 #include "linear_sm90.cuh"
+#include "linear_sm90_heuristics.h"
 
-namespace ds_fp6::cuda::sm90 {
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
 
-struct LinearArguments {
-    const void* x;          // [m, k], 16-byte aligned, k % 8 == 0
-    const uint8_t* weight;  // packed tiles
-    const float* scale;     // [n]
-    const void* bias;       // [n] of x's type, or null
-    void* y;                // [m, n], 16-byte aligned
-    void* workspace;        // workspace_bytes(), zeroed once; for one stream at a time
-    int m, n, k;
-    int overlaps;  // may begin under the end of the kernel before it (programmatic dependent launch)
-};
-
-constexpr int kMaxBlocks = 256;  // of a grid: SMs of the GPU, times 1
-constexpr int kFlagBytes = kMaxBlocks * 4 * static_cast<int>(sizeof(uint32_t));
-constexpr size_t kWorkspaceBytes = kFlagBytes + static_cast<size_t>(kMaxBlocks) * 256 * 128 * sizeof(float);
+constexpr int kMaxDevices = 64;
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
+// The driver's function, without linking against it; null where it has none.
 inline EncodeTiled encode_tiled() {
     static const EncodeTiled function = [] {
         void* pointer = nullptr;
@@ -52,58 +47,100 @@ cudaError_t map_activations(CUtensorMap* map, const void* x, int m, int k, int r
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// blocks: the size of the grid at most, a multiple of the cluster.
-template <class T, class Codes>
-cudaError_t launch(const LinearArguments& a, int blocks, cudaStream_t stream) {
-    using Layout = SharedLayout<T, Codes::kBits>;
-    auto* const kernel = linear_sm90_kernel<T, Codes>;
-    static const cudaError_t prepared =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
-    if (prepared != cudaSuccess) return prepared;
-
-    CUtensorMap x_map;
-    const cudaError_t mapped = map_activations<typename Codes::Element>(&x_map, a.x, a.m, a.k, T::kSliceRows);
-    if (mapped != cudaSuccess) return mapped;
-
-    const auto round_up_div = [](int value, int by) { return (value + by - 1) / by; };
-    Problem p{};
-    p.weight = a.weight, p.scale = a.scale, p.bias = a.bias, p.y = a.y;
-    p.published = static_cast<uint32_t*>(a.workspace);
-    p.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(a.workspace) + kFlagBytes);
-    p.m = a.m, p.n = a.n, p.overlap = a.overlaps;
-    p.panels = round_up_div(a.n, 64);
-    p.k_blocks = round_up_div(a.k, 64);
-    const int tiles_n = round_up_div(p.panels, T::kPanels * T::kClusterN);
-    const int tiles_m = round_up_div(a.m, T::kTokens * T::kClusterM);
-    const int steps = round_up_div(p.k_blocks, T::kBlocks);
-    constexpr int kTokensTogether = 1024;  // of x, kept in the L2 while the channels go by
-    int workers = blocks / T::kCluster;
-    if (T::kClusterK > 1) {  // a cluster computes one tile
-        if (tiles_n * tiles_m > workers) return cudaErrorInvalidConfiguration;
-        workers = tiles_n * tiles_m;
-    }
-    p.schedule = make_schedule(tiles_n, tiles_m, steps, workers, kTokensTogether / (T::kTokens * T::kClusterM));
-
-    cudaLaunchAttribute attributes[2];
-    int count = 0;
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = T::kCluster;
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count].val.clusterDim.z = 1;
-    ++count;
-    if (a.overlaps) {
-        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[count].val.programmaticStreamSerializationAllowed = 1;
-        ++count;
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(p.schedule.workers * T::kCluster);
-    config.blockDim = dim3(T::kThreads);
-    config.dynamicSmemBytes = Layout::kBytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = count;
-    return cudaLaunchKernelEx(&config, kernel, x_map, p);
+// Raises the kernel's limit of shared memory, once a device.
+template <class T, class C, bool kGrouped>
+cudaError_t prepare(int device) {
+    static std::atomic<bool> prepared[kMaxDevices];
+    if (prepared[device].load(std::memory_order_relaxed)) return cudaSuccess;
+    const cudaError_t status =
+        cudaFuncSetAttribute(linear_sm90_kernel<T, C, kGrouped>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             SharedLayout<T, C::kBits>::kBytes);
+    if (status == cudaSuccess) prepared[device].store(true, std::memory_order_relaxed);
+    return status;
 }
 
-}  // namespace ds_fp6::cuda::sm90
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Tokens whose activations stay in the L2 while the channels go by.
+constexpr int kTokensTogether = 1024;
+
+template <class T>
+Schedule schedule_of(const LinearProblem& problem, const Device& device) {
+    const int tiles_n = ceil_div(problem.n, 64 * T::kPanels), tiles_m = ceil_div(problem.m, T::kTokens);
+    const int steps = ceil_div(problem.k, 64 * T::kBlocks);
+    return make_schedule(tiles_n, tiles_m, steps, device.sms / T::kClusterK, kTokensTogether / T::kTokens);
+}
+
+template <class T, class C, bool kGrouped>
+cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
+    cudaError_t status = prepare<T, C, kGrouped>(device.index);
+    if (status != cudaSuccess) return status;
+    CUtensorMap x_map;
+    status = map_activations<typename C::Element>(&x_map, problem.x, problem.m, problem.k, T::kTokens);
+    if (status != cudaSuccess) return status;
+
+    Problem p{};
+    p.tiles = problem.tiles;
+    p.scales = problem.scales;
+    p.bias = problem.bias;
+    p.bias_is_fp32 = problem.bias_dtype == Dtype::kFloat32;
+    p.y = problem.y;
+    p.published = static_cast<uint32_t*>(workspace);
+    p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + kWorkspaceFlagBytes);
+    p.m = problem.m, p.n = problem.n;
+    p.groups = problem.groups, p.group_blocks = kGrouped ? problem.group_size / 64 : 1;
+    p.panels = ceil_div(problem.n, 64), p.k_blocks = ceil_div(problem.k, 64);
+    p.schedule = schedule_of<T>(problem, device);
+    if (static_cast<size_t>(p.schedule.workers) * T::kClusterK * T::kGroups * sizeof(uint32_t) > kWorkspaceFlagBytes ||
+        static_cast<size_t>(p.schedule.workers) * T::kPanels * 64 * T::kTokens * sizeof(float) >
+            kWorkspaceBytes - kWorkspaceFlagBytes) {
+        return cudaErrorInvalidConfiguration;
+    }
+
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = T::kClusterK;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(p.schedule.workers * T::kClusterK);
+    config.blockDim = dim3(Threads<T, kGrouped>::kCount);
+    config.dynamicSmemBytes = SharedLayout<T, C::kBits>::kBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = T::kClusterK > 1 ? 2 : 1;
+    return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, p);
+}
+
+template <class Fmt, class T>
+cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
+    using C = Codes<Fmt, T>;
+    const TileChoice choice = choose_tile(problem, device);
+    if (problem.groups > 1) {
+        switch (choice) {
+            case TileChoice::k8: return launch_tile<Tile8, C, true>(problem, device, workspace, stream);
+            case TileChoice::k16: return launch_tile<Tile16, C, true>(problem, device, workspace, stream);
+            case TileChoice::k32: return launch_tile<Tile32, C, true>(problem, device, workspace, stream);
+            default: return launch_tile<Tile64, C, true>(problem, device, workspace, stream);
+        }
+    }
+    switch (choice) {
+        case TileChoice::k8: return launch_tile<Tile8, C, false>(problem, device, workspace, stream);
+        case TileChoice::k16: return launch_tile<Tile16, C, false>(problem, device, workspace, stream);
+        case TileChoice::k32: return launch_tile<Tile32, C, false>(problem, device, workspace, stream);
+        case TileChoice::k32Wide: return launch_tile<Tile32Wide, C, false>(problem, device, workspace, stream);
+        case TileChoice::k64: return launch_tile<Tile64, C, false>(problem, device, workspace, stream);
+        case TileChoice::k64Cut: return launch_tile<Tile64Cut, C, false>(problem, device, workspace, stream);
+        case TileChoice::k128Cut: return launch_tile<Tile128Cut, C, false>(problem, device, workspace, stream);
+        default: return launch_tile<Tile128, C, false>(problem, device, workspace, stream);
+    }
+}
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6
+
+#define DS_FP6_INSTANTIATE_SM90(E, M, T)                                                                          \
+    template cudaError_t ds_fp6::cuda::sm90::launch<ds_fp6::Format<E, M>, T>(                                     \
+        const ds_fp6::cuda::LinearProblem&, const ds_fp6::cuda::Device&, void*, cudaStream_t);

@@ -1,6 +1,6 @@
 // Who computes what: tiles of y, cut along K where the number of tiles does not fill the GPU ("stream-K").
 //
-// A worker is a cluster. Every worker computes `whole` tiles alone, and the last tiles form one line of
+// A worker is a block, or a cluster of blocks that cut each of its pieces once more. Every worker computes `whole` tiles alone, and the last tiles form one line of
 // (tile, step along K) that is cut into equal ranges, one a worker, in order:
 //
 //   tile      |----- t -----|---- t+1 ----|---- t+2 ----|
@@ -11,12 +11,14 @@
 // that he owns last, asks for it. The sum runs in the order of K: deterministic.
 #pragma once
 
-namespace ds_fp6::cuda::sm90 {
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
 
 struct Schedule {
-    int workers;      // clusters in the grid
+    int workers;
     int steps;        // steps along K of a tile
-    int tiles_n;      // tiles of clusters along the channels
+    int tiles_n;      // tiles along the channels
     int tiles_m;      // and along the tokens
     int group_m;      // tiles along the tokens that are taken together, so that they share weights in the L2
     int whole;        // tiles that each worker computes alone; tile i * workers + worker
@@ -28,9 +30,18 @@ struct Schedule {
     }
 };
 
+// At most `most`, but a few fewer where that leaves every worker whole tiles: adding up costs more than idle SMs.
+inline int choose_workers(int tiles, int most) {
+    for (int workers = most; workers >= most - most / 24; --workers) {
+        if (workers > 0 && tiles % workers == 0) return workers;
+    }
+    return most;
+}
+
 // Ranges of at least one tile, where there are that many tiles: then a tile has at most one contributor.
-inline Schedule make_schedule(int tiles_n, int tiles_m, int steps, int workers, int group_m) {
+inline Schedule make_schedule(int tiles_n, int tiles_m, int steps, int most_workers, int group_m) {
     const int tiles = tiles_n * tiles_m;
+    const int workers = choose_workers(tiles, most_workers);
     const int left_over = tiles % workers;
     const int shared = left_over == 0 ? 0 : (tiles > workers ? left_over + workers : tiles);
     Schedule s{};
@@ -53,6 +64,14 @@ struct Piece {
 };
 
 #ifdef __CUDACC__
+
+// A block's part of a piece of its cluster.
+template <int kClusterK>
+__device__ inline Piece part_of(const Piece& piece, int rank) {
+    if constexpr (kClusterK == 1) return piece;
+    const int steps = piece.end - piece.begin;
+    return {piece.tile, piece.begin + steps * rank / kClusterK, piece.begin + steps * (rank + 1) / kClusterK};
+}
 
 struct TileOrigin {
     int n, m;  // in tiles
@@ -102,4 +121,6 @@ private:
 
 #endif
 
-}  // namespace ds_fp6::cuda::sm90
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6

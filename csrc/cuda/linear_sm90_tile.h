@@ -1,50 +1,50 @@
 // Tile shapes of the sm_90 kernel.
 #pragma once
 
-#include <cstdint>
-
-namespace ds_fp6::cuda::sm90 {
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
 
 // kPanels      64-channel panels of weights a block computes at once
 // kTokens      tokens a block computes at once: the n of wgmma
 // kBlocks      64-wide blocks of K in a pipeline stage
-// kStages      stages of the ring
+// kStages      stages of the ring, at most: as many as fit
 // kConsumers   warpgroups that multiply
 // kSplit       of which this many take turns along K and add up at the end; the others share out the panels
-// kClusterN    blocks of a cluster that differ in channels: they share the activations by multicast
-// kClusterM    blocks of a cluster that differ in tokens: they share the weights by multicast
-// kClusterK    blocks of a cluster that cut a tile along K and add up through each other's shared memory
-// kResident    blocks that fit an SM together: 2 lets the next kernel begin under this one's end
-template <int kPanels_, int kTokens_, int kBlocks_, int kStages_, int kConsumers_, int kSplit_, int kClusterN_,
-          int kClusterM_, int kClusterK_, int kResident_>
+// kClusterK    blocks of a cluster, which cut a tile along K and add up through each other's shared memory
+template <int kPanels_, int kTokens_, int kBlocks_, int kStages_, int kConsumers_, int kSplit_, int kClusterK_>
 struct Tile {
     static constexpr int kPanels = kPanels_, kTokens = kTokens_, kBlocks = kBlocks_, kStages = kStages_;
-    static constexpr int kConsumers = kConsumers_, kSplit = kSplit_;
-    static constexpr int kClusterN = kClusterN_, kClusterM = kClusterM_, kClusterK = kClusterK_;
-    static constexpr int kResident = kResident_;
+    static constexpr int kConsumers = kConsumers_, kSplit = kSplit_, kClusterK = kClusterK_;
 
-    static constexpr int kCluster = kClusterN * kClusterM * kClusterK;
-    static constexpr int kGroups = kConsumers / kSplit;     // consumers along the channels
-    static constexpr int kOwnPanels = kPanels / kGroups;    // panels of one consumer
-    static constexpr int kOwnBlocks = kBlocks / kSplit;     // blocks of K of one consumer in a stage
-    static constexpr int kUnits = kOwnPanels * kOwnBlocks;  // 64x64 blocks of weights of one consumer in a stage
-    static constexpr int kAccumulators = kTokens / 2;       // fp32 registers of a thread for one panel
+    static constexpr int kGroups = kConsumers / kSplit;      // consumers along the channels
+    static constexpr int kOwnPanels = kPanels / kGroups;     // panels of one consumer
+    static constexpr int kOwnBlocks = kBlocks / kSplit;      // blocks of K of one consumer in a stage
+    static constexpr int kUnits = kOwnPanels * kOwnBlocks;   // 64x64 blocks of weights of one consumer in a stage
+    static constexpr int kSums = kTokens / 2;                // fp32 sums of a thread for one panel
+    static constexpr int kOwnTokens = kTokens / kClusterK;   // of a tile, that one block of the cluster stores
+    static constexpr int kOwnSums = kSums / kClusterK;
 
-    // Where the even share of registers is too small, the producers hand theirs to the consumers; it takes whole
-    // warpgroups. The shares at launch: 168 registers of 384 threads, 96 of 640.
-    static constexpr bool kMovesRegisters = kOwnPanels * kAccumulators > (kConsumers > 2 ? 24 : 96);
-    static constexpr int kConsumerRegisters = kConsumers > 2 ? 104 : 232;
-    static constexpr int kProducerRegisters = kConsumers > 2 ? 56 : 40;
-    static constexpr int kThreads = kConsumers * 128 + (kMovesRegisters ? 128 : 64);
-
-    // A stage's activations arrive as slices, dealt out to the blocks of the cluster that share them.
-    static constexpr int kSliceRows = kClusterN > kBlocks ? kTokens * kBlocks / kClusterN : kTokens;
-    static constexpr int kSlices = kBlocks * (kTokens / kSliceRows);
-
-    static_assert(kConsumers % kSplit == 0 && kPanels % kGroups == 0 && kBlocks % kSplit == 0);
+    static_assert(kConsumers % kSplit == 0 && kPanels % kGroups == 0 && kBlocks % kSplit == 0, "even shares");
     static_assert(kUnits % 2 == 0, "the two register buffers alternate with the units");
-    static_assert(kSliceRows % 8 == 0 && kSlices % kClusterN == 0, "slices are whole 1024-byte swizzle atoms");
-    static_assert(kPanels % kClusterM == 0, "panels are dealt out to the blocks that share them");
+    static_assert(kClusterK == 1 || kClusterK == 2, "blocks exchange halves");
+    static_assert(kOwnTokens % 8 == 0, "whole n8 parts of the sums");
 };
 
-}  // namespace ds_fp6::cuda::sm90
+// Weights in flight hide the memory's latency: 36 KB an SM reach 85 % of its bandwidth, 100 KB all of it. Tokens cost
+// the L2 and the shared memory 128 bytes a block of K each, so that more of them want more panels. Two consumers keep
+// the tensor cores busy; at few tokens one panel for both, in turns along K, leaves o and down without a cut tile.
+//
+//              panels tokens blocks stages consumers split clusterK
+using Tile8 =      Tile<1,   8,   4,    9,     2,      2,    1>;
+using Tile16 =     Tile<1,  16,   4,   10,     2,      2,    1>;
+using Tile32 =     Tile<2,  32,   2,   10,     2,      1,    1>;
+using Tile32Wide = Tile<4,  32,   2,    6,     2,      1,    1>;
+using Tile64 =     Tile<4,  64,   2,    5,     2,      1,    1>;
+using Tile64Cut =  Tile<4,  64,   2,    4,     2,      1,    2>;
+using Tile128 =    Tile<4, 128,   1,    7,     2,      1,    1>;
+using Tile128Cut = Tile<4, 128,   1,    5,     2,      1,    2>;
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6

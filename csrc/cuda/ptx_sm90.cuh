@@ -5,7 +5,9 @@
 #include <cuda.h>
 #include <cstdint>
 
-namespace ds_fp6::cuda::sm90 {
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
 
 __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -81,16 +83,6 @@ __device__ inline void bulk_copy(uint32_t target, const void* source, uint32_t b
         : "memory");
 }
 
-// Lands at the same offset, and signals the barrier at the same offset, in every block of `ranks`.
-__device__ inline void bulk_copy_multicast(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier,
-                                           uint16_t ranks, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-        "[%0], [%1], %2, [%3], %4, %5;" ::"r"(target),
-        "l"(source), "r"(bytes), "r"(barrier), "h"(ranks), "l"(policy)
-        : "memory");
-}
-
 __device__ inline void tensor_prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -104,22 +96,14 @@ __device__ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int 
         : "memory");
 }
 
-__device__ inline void tensor_copy_multicast(uint32_t target, const CUtensorMap* map, int column, int row,
-                                             uint32_t barrier, uint16_t ranks, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks), "l"(policy)
-        : "memory");
-}
-
 // ---- shared memory and registers ------------------------------------------------------------------------------------
 
 __device__ inline uint4 load_shared_16(uint32_t address) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address));
+                 : "r"(address)
+                 : "memory");
     return v;
 }
 
@@ -135,19 +119,23 @@ __device__ inline uint32_t load_shared_4(uint32_t address) {
     return v;
 }
 
-// `address` is from map_to_rank.
-__device__ inline float4 load_cluster_16(uint32_t address) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
+// Into another block of the cluster; its barrier counts the 16 bytes when they are there. `address` and `barrier` are from
+// map_to_rank.
+__device__ inline void store_async_16(uint32_t address, float4 v, uint32_t barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+        : "memory");
 }
 
 __device__ inline void store_shared_16(uint32_t address, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
+}
+
+__device__ inline float4 load_shared_float4(uint32_t address) {
+    const uint4 v = load_shared_16(address);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
 // Stores four 8x8 matrices transposed; lane 8q + r holds the address of row r of matrix q.
@@ -185,12 +173,6 @@ __device__ inline uint32_t cluster_rank() {
     return rank;
 }
 
-// All threads of the cluster; what they wrote to shared memory before is visible after.
-__device__ inline void cluster_sync_memory() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // Orders threads, not their writes to global memory: those would cost a fence of the whole GPU.
 __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -213,4 +195,6 @@ __device__ inline void store_release(uint32_t* address, uint32_t value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
-}  // namespace ds_fp6::cuda::sm90
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6

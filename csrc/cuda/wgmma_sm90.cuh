@@ -10,7 +10,9 @@
 
 #include <cstdint>
 
-namespace ds_fp6::cuda::sm90 {
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
 
 // Orders the registers' last writes before the wgmmas that follow.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -189,4 +191,6 @@ struct Wgmma<__nv_bfloat16, 128> {
 #undef DS_FP6_F32
 #undef DS_FP6_F64
 
-}  // namespace ds_fp6::cuda::sm90
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6
