@@ -19,6 +19,12 @@ WEIGHT_SHAPES = [(1, 1), (3, 7), (64, 63), (65, 64), (7, 65), (129, 129), (17, 5
 #: 0 is one scale a row; others fit a kernel's chunks, or do not, or exceed K.
 GROUP_SIZES = [0, 64, 7, 128, 1]
 
+#: (N, K) for the GPU's linear layers: single elements, around its 64-wide panels and 128-wide tiles, shards of models.
+GPU_SHAPES = [(1, 1), (7, 8), (63, 65), (64, 64), (65, 127), (129, 192), (191, 3696), (3584, 248), (1000, 7392)]
+
+#: Tokens: around the widths of MMAs and tiles.
+GPU_TOKENS = [*range(1, 18), *(t + d for t in (32, 64, 128, 256, 512) for d in (-1, 0, 1)), 1000, 4096]
+
 
 def use_isa(name: str) -> Iterator[str]:
     """For a fixture: runs a test with one of ``CPU_ISAS``, or skips it where the CPU lacks that."""

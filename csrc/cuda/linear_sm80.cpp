@@ -12,6 +12,12 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
 
 }  // namespace sm80
 
+// An extension without the Hopper kernel still links.
+__attribute__((weak)) bool linear_sm90_supports(const LinearProblem&) { return false; }
+__attribute__((weak)) cudaError_t linear_sm90(const LinearProblem&, const Device&, void*, cudaStream_t) {
+    return cudaErrorNotSupported;
+}
+
 bool linear_sm80_supports(const LinearProblem& problem) {
     return problem.groups == 1 || problem.group_size % 16 == 0;
 }

@@ -22,6 +22,20 @@ Tensor empty_tiles(int bits, int64_t n, int64_t k, const at::TensorOptions& opti
     return at::empty({ceil_div(n, kPanelRows), ceil_div(k, kPanelColumns), panel_bytes}, options.dtype(at::kByte));
 }
 
+// One element of a tensor on the GPU.
+float read_element(const Tensor& t, int64_t row, int64_t column, cudaStream_t stream) {
+    const int64_t size = static_cast<int64_t>(t.element_size());
+    const char* from = static_cast<const char*>(t.const_data_ptr()) + (row * t.stride(0) + column * t.stride(1)) * size;
+    alignas(8) char bytes[8] = {};
+    C10_CUDA_CHECK(cudaMemcpyAsync(bytes, from, size, cudaMemcpyDeviceToHost, stream));
+    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+    switch (t.scalar_type()) {
+        case at::kHalf: return *reinterpret_cast<const c10::Half*>(bytes);
+        case at::kBFloat16: return *reinterpret_cast<const c10::BFloat16*>(bytes);
+        default: return *reinterpret_cast<const float*>(bytes);
+    }
+}
+
 // What the kernel refused, read back: the one synchronization of quantization.
 void check_refused(const Tensor& refused, const Tensor& w, const Tensor& scales, cudaStream_t stream) {
     Refused found;
@@ -30,12 +44,12 @@ void check_refused(const Tensor& refused, const Tensor& w, const Tensor& scales,
     C10_CUDA_CHECK(cudaStreamSynchronize(stream));
     if (found.weight != Refused::kNone) {
         const int64_t row = found.weight / w.size(1), column = found.weight % w.size(1);
-        TORCH_CHECK_VALUE(false, "weight[", row, ", ", column, "] is ", w[row][column].item<float>(),
+        TORCH_CHECK_VALUE(false, "weight[", row, ", ", column, "] is ", read_element(w, row, column, stream),
                           "; only finite weights quantize");
     }
     if (found.scale != Refused::kNone) {
         const int64_t row = found.scale / scales.size(1), group = found.scale % scales.size(1);
-        TORCH_CHECK_VALUE(false, "scales[", row, ", ", group, "] is ", scales[row][group].item<float>(),
+        TORCH_CHECK_VALUE(false, "scales[", row, ", ", group, "] is ", read_element(scales, row, group, stream),
                           "; a scale is finite and positive");
     }
 }

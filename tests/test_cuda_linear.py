@@ -1,0 +1,220 @@
+"""The linear layer on a GPU against fp64: every format and activation type, awkward sizes, groups, bias, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cases import GPU_SHAPES, GPU_TOKENS, fresh_generator
+from cuda_cases import Expected, RandomWeight, needs_gpu, random_x
+from ds_fp6 import PackedWeight, ops
+from ds_fp6 import linear as packed_linear
+from ds_fp6.formats import E2M1, E2M2, E2M3, E3M2, Format, all_formats
+
+pytestmark = needs_gpu
+
+DTYPES = [torch.float16, torch.bfloat16]
+FEW_FORMATS = [E3M2, E2M2, E2M1, E2M3, Format(4, 3), Format(5, 2)]
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return fresh_generator()
+
+
+@pytest.fixture(params=["", "sm80"], ids=["best", "sm80"])
+def kernel(request) -> Iterator[str]:
+    """The kernel that the heuristics choose, and the one for every architecture."""
+    ops.load("CUDA")
+    torch.ops.ds_fp6.select_cuda_kernel(request.param)
+    yield request.param
+    torch.ops.ds_fp6.select_cuda_kernel("")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", all_formats(), ids=str)
+def test_every_format_for_every_number_of_tokens(kernel, fmt, dtype, generator):
+    for n, k in GPU_SHAPES:
+        weight = RandomWeight(fmt, n, k, 0, generator)
+        x = random_x(max(GPU_TOKENS), k, dtype, generator)
+        expected = Expected(x, weight)
+        for m in GPU_TOKENS:
+            expected.check(weight.linear(x[:m]), f"{fmt} {dtype} {m} x {n} x {k} {kernel}", m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
+@pytest.mark.parametrize("shape", [(8192, 8192), (29568 // 8, 8192), (8192, 29568 // 8)], ids=str)
+def test_large_layers(kernel, fmt, dtype, shape, generator):
+    weight = RandomWeight(fmt, *shape, 0, generator)
+    bias = torch.randn(shape[0], generator=generator).to(dtype).cuda()
+    x = random_x(768, shape[1], dtype, generator)
+    expected = Expected(x, weight, bias)
+    for m in (1, 3, 8, 16, 17, 33, 64, 100, 128, 200, 257, 768):
+        expected.check(weight.linear(x[:m], bias), f"{fmt} {dtype} {m} x {shape}", m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [16, 48, 64, 128, 192, 7, 1, 100, 5000])
+@pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
+def test_scales_of_groups(fmt, group_size, dtype, generator):
+    for n, k in [(1, 8), (65, 127), (130, 640), (257, 3696)]:
+        weight = RandomWeight(fmt, n, k, group_size, generator)
+        x = random_x(300, k, dtype, generator)
+        expected = Expected(x, weight)
+        for m in (1, 16, 17, 64, 65, 300):
+            expected.check(weight.linear(x[:m]), f"{fmt} {dtype} {m} x {n} x {k}, groups of {group_size}", m)
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32], ids=["x's type", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias(kernel, dtype, bias_dtype, generator):
+    for n, k in [(7, 8), (200, 320), (1024, 1024)]:
+        weight = RandomWeight(E3M2, n, k, 0, generator)
+        bias = (10 * torch.randn(n, generator=generator)).to(bias_dtype or dtype).cuda()
+        x = random_x(600, k, dtype, generator)
+        expected = Expected(x, weight, bias)
+        for m in (1, 16, 33, 64, 200, 600):
+            expected.check(weight.linear(x[:m], bias), f"{dtype} {m} x {n} x {k} with a bias in {bias.dtype}", m)
+
+
+@pytest.mark.parametrize("name", ["dequantize", "reference"])
+def test_paths_through_dense_weights(name, generator):
+    ops.load("CUDA")
+    weight = RandomWeight(E3M2, 300, 520, 0, generator)
+    bias = torch.randn(300, generator=generator).cuda()
+    x = random_x(40, 520, torch.float16, generator)
+    expected = Expected(x, weight, bias)
+    # Scaled weights are rounded to 16 bits as well.
+    expected.allowed += 2.0**-11 * (x.abs().double() @ weight.values.abs().T)
+    torch.ops.ds_fp6.select_cuda_kernel(name)
+    try:
+        expected.check(weight.linear(x, bias), name)
+    finally:
+        torch.ops.ds_fp6.select_cuda_kernel("")
+
+
+def test_x_of_any_shape_stride_and_alignment(kernel, generator):
+    weight = RandomWeight(E3M2, 136, 192, 0, generator)
+    flat = torch.randn(1 + 5 * 3 * 192, generator=generator).half().cuda()
+    unaligned = flat[1:].view(5, 3, 192)
+    expected = Expected(unaligned.reshape(15, 192), weight)
+    y = weight.linear(unaligned)
+    assert y.shape == (5, 3, 136)
+    expected.check(y.view(15, 136), "unaligned x")
+    transposed = flat[:-1].view(192, 15).T
+    Expected(transposed, weight).check(weight.linear(transposed), "transposed x")
+    every_other = flat[:-1].view(15, 192)[::2]
+    Expected(every_other, weight).check(weight.linear(every_other), "every other row of x")
+    vector = flat[:192]
+    assert weight.linear(vector).shape == (136,)
+    assert weight.linear(flat[:0].view(0, 192)).shape == (0, 136)
+    assert weight.linear(flat[:0].view(3, 0, 192)).shape == (3, 0, 136)
+
+
+def test_same_bits_every_time(kernel, generator):
+    weight = RandomWeight(E3M2, 1024, 8192, 0, generator)
+    for m in (1, 16, 64, 256):
+        x = random_x(m, 8192, torch.float16, generator)
+        first = weight.linear(x)
+        for _ in range(20):
+            assert torch.equal(weight.linear(x), first), f"{m} tokens"
+
+
+def test_one_hot_x_reads_single_weights(kernel, generator):
+    weight = RandomWeight(E3M2, 128, 320, 0, generator)
+    y = weight.linear(torch.eye(320, dtype=torch.float16, device="cuda"))
+    assert torch.equal(y, weight.values.T.half())
+
+
+def test_graph_capture_and_replay(kernel, generator):
+    weight = RandomWeight(E3M2, 4096, 4096, 0, generator)
+    for m in (1, 64):
+        x = random_x(m, 4096, torch.float16, generator)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = weight.linear(x)
+        for _ in range(5):
+            x.copy_(random_x(m, 4096, torch.float16, generator))
+            y.fill_(float("nan"))
+            graph.replay()
+            Expected(x, weight).check(y, f"replay with {m} tokens")
+
+
+def test_streams_at_the_same_time(kernel, generator):
+    weight = RandomWeight(E3M2, 2048, 4096, 0, generator)
+    x = [random_x(16, 4096, torch.float16, generator) for _ in range(4)]
+    streams = [torch.cuda.Stream() for _ in x]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for stream, own_x in zip(streams, x):
+            with torch.cuda.stream(stream):
+                results.append((own_x, weight.linear(own_x)))
+    torch.cuda.synchronize()
+    for own_x, y in results[-8:] + results[:8]:
+        Expected(own_x, weight).check(y, "four streams")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_device_of_its_tensors(generator):
+    weight = RandomWeight(E3M2, 256, 256, 0, generator)
+    x = random_x(16, 256, torch.float16, generator)
+    y = ops.linear(x.to("cuda:1"), weight.tiles.to("cuda:1"), weight.scales.to("cuda:1"), None, 3, 2, 0)
+    assert y.device == torch.device("cuda:1")
+    Expected(x, weight).check(y.to("cuda:0"), "second GPU")
+
+
+def test_torch_compile_traces_through(generator):
+    weight = RandomWeight(E3M2, 128, 128, 0, generator)
+    x = random_x(4, 128, torch.float16, generator)
+    torch.library.opcheck(
+        torch.ops.ds_fp6.linear.default, (x, weight.tiles, weight.scales, None, 3, 2, 0), test_utils=["test_faketensor"]
+    )
+
+
+def test_bad_arguments_raise_and_leave_the_context_alive(generator):
+    weight = RandomWeight(E3M2, 128, 192, 0, generator)
+    x = random_x(4, 192, torch.float16, generator)
+    tiles, scales = weight.tiles, weight.scales
+
+    def call(x=x, tiles=tiles, scales=scales, bias=None, e=3, m=2, group_size=0):
+        return ops.linear(x, tiles, scales, bias, e, m, group_size)
+
+    with pytest.raises(TypeError, match="float16 or bfloat16 on a GPU, got Float"):
+        call(x=x.float())
+    with pytest.raises(ValueError, match="tiles of 128 x 191 codes|tiles of 128 x 128 codes"):
+        call(x=x[:, :128])
+    with pytest.raises(ValueError, match="x is on cpu"):
+        call(x=x.cpu())
+    with pytest.raises(ValueError, match="scales is on cpu"):
+        call(scales=scales.cpu())
+    with pytest.raises(TypeError, match="scales must be float32"):
+        call(scales=scales.half())
+    with pytest.raises(ValueError, match=r"scales must be \[128, 2\]"):
+        call(group_size=96)
+    with pytest.raises(ValueError, match="tiles of 64 x 192"):
+        call(scales=scales[:64])
+    with pytest.raises(ValueError, match="group_size"):
+        call(group_size=-1)
+    with pytest.raises(ValueError, match="exponent_bits 6"):
+        call(e=6, m=1)
+    with pytest.raises(ValueError, match="codes of 5 bits"):
+        call(e=2)
+    with pytest.raises(TypeError, match="packed must be uint8"):
+        call(tiles=tiles.view(torch.int8))
+    with pytest.raises(ValueError, match=r"bias must be \[128\]"):
+        call(bias=torch.zeros(127, dtype=torch.float16, device="cuda"))
+    with pytest.raises(TypeError, match="bias must be"):
+        call(bias=torch.zeros(128, dtype=torch.bfloat16, device="cuda"))
+    with pytest.raises(ValueError, match="a CUDA kernel is one of"):
+        torch.ops.ds_fp6.select_cuda_kernel("sm10")
+    packed = PackedWeight(E3M2, 0, 192, tiles, scales)
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 192\]"):
+        packed_linear(x[:, :100], packed)
+    with pytest.raises(ValueError, match="x is on cpu"):
+        packed_linear(x.cpu(), packed)
+    Expected(x, weight).check(packed_linear(x, packed), "after the errors")
+    torch.cuda.synchronize()
