@@ -25,6 +25,17 @@ void gather_rows(const CacheView& cache, Dtype dtype, const Atom& atom, int64_t 
         load_floats<Native>(cache.data, dtype, base + (token + i) * cache.token_stride, cache.size, out + i * stride);
 }
 
+// Asks for what gather_rows will read. A head's rows are too far apart for the hardware to guess the next, and a
+// decode step finds them in memory, not in a cache.
+void prefetch_rows(const CacheView& cache, Dtype dtype, const Atom& atom, int64_t head, int64_t p0, int64_t n) {
+    const int64_t bytes = element_size(dtype), line = 64;
+    const int64_t base = atom.blocks[p0 / cache.block_size] * cache.block_stride + head * cache.head_stride;
+    const char* from = static_cast<const char*>(cache.data) + (base + p0 % cache.block_size * cache.token_stride) * bytes;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t offset = 0; offset < cache.size * bytes; offset += line)
+            __builtin_prefetch(from + i * cache.token_stride * bytes + offset);
+}
+
 // What a task keeps while it goes through the cache.
 struct AttentionRows {
     float *q, *sums;                   // [rows, padded]
@@ -90,11 +101,18 @@ void attention(const AttentionProblem& p, const Atom& atom, int64_t kv_head, int
 
     const int64_t last = atom.position + q1;  // one past what the last query sees
     const int64_t first = p.window && atom.position + q0 + 1 > p.window ? atom.position + q0 + 1 - p.window : 0;
-    for (int64_t p0 = first / kChunk * kChunk, n; p0 < last; p0 += n) {
-        const int64_t in_block = p.keys.block_size - p0 % p.keys.block_size;
-        n = in_block < kChunk ? in_block : kChunk;
-        if (last - p0 < n) n = last - p0;
+    const auto chunk_from = [&](int64_t position) {  // positions in the chunk that starts there: within a block
+        const int64_t in_block = p.keys.block_size - position % p.keys.block_size;
+        const int64_t chunk = in_block < kChunk ? in_block : kChunk;
+        return last - position < chunk ? last - position : chunk;
+    };
+    int64_t p0 = first / kChunk * kChunk, n = chunk_from(p0);
+    prefetch_rows(p.keys, p.dtype, atom, kv_head, p0, n);
+    prefetch_rows(p.values, p.dtype, atom, kv_head, p0, n);
+    for (int64_t next; p0 < last; p0 += n, n = next) {
+        next = p0 + n < last ? chunk_from(p0 + n) : 0;
         gather_rows<Native>(p.keys, p.dtype, atom, kv_head, p0, n, state.cached, padded);
+        if (next) prefetch_rows(p.keys, p.dtype, atom, kv_head, p0 + n, next);
         const int64_t columns = round_up(n, kWidth);
         for (int64_t j = 0; j < columns; j += kWidth)
             for (int64_t i = 0; i < padded; i += kWidth)
@@ -106,6 +124,7 @@ void attention(const AttentionProblem& p, const Atom& atom, int64_t kv_head, int
             running_softmax(state, r, padded, begin, seen < n ? seen : n, n);
         }
         gather_rows<Native>(p.values, p.dtype, atom, kv_head, p0, n, state.cached, padded);
+        if (next) prefetch_rows(p.values, p.dtype, atom, kv_head, p0 + n, next);
         multiply(state.scores, kChunk, state.cached, padded, state.sums, padded, rows, padded, n, true);
     }
 
