@@ -1,4 +1,4 @@
-"""Fused quantize+pack and dequantize on every instruction set this CPU has: bit-exact with the plain-torch reference."""
+"""Fused quantize+pack and dequantize on every instruction set this CPU has: the reference, bit for bit."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ void check_cpu(const char* name, const Tensor& tensor) {
 }
 
 // The weight that packed and scales hold. A group that covers the row is no group to the kernels.
-PackedMatrix check_packed(const Tensor& packed, const Tensor& scales, FormatSpec format, int64_t group_size, int64_t k) {
+PackedMatrix check_packed(const Tensor& packed, const Tensor& scales, FormatSpec format, int64_t group_size,
+                          int64_t k) {
     check_cpu("packed", packed);
     check_cpu("scales", scales);
     TORCH_CHECK_VALUE(k >= 1, "in_features must be at least 1, got ", k);
@@ -181,10 +182,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
         units = to;
     }
     // Threads fetch tasks as they come free: one that the system holds up then delays a few tasks, not its share. A
-    // thread is worth waking for about 16 KiB of weights times a row of x.
+    // thread is worth waking for 16 KiB of weights times a row of x; going back for tasks, for 64 KiB.
     const int64_t task_work = plan.n_tile * w.row_bytes() * plan.m_tile;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), ceil_div(plan.tasks * task_work, 16384));
-    const int64_t fetch = std::max<int64_t>(1, plan.tasks / (16 * threads));
+    const int64_t fetch = std::max(ceil_div(65536, task_work), plan.tasks / (16 * threads));
     std::atomic<int64_t> next{0};
     parallel(threads, 1, [&](int64_t, int64_t) {
         for (int64_t begin; (begin = next.fetch_add(fetch)) < plan.tasks;)

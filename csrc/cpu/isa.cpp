@@ -13,17 +13,16 @@ namespace cpu {
 
 void FormatSpec::values(float table[256]) const {
     const int magnitudes = 1 << (bits() - 1);
-    for (int i = 0; i < 256; ++i) {
-        const int magnitude = i % magnitudes;
-        const int exponent = magnitude >> mantissa_bits;
-        const int mantissa = magnitude & ((1 << mantissa_bits) - 1);
+    for (int i = 0; i < magnitudes; ++i) {
+        const int exponent = i >> mantissa_bits, mantissa = i & ((1 << mantissa_bits) - 1);
         const int significand = exponent ? (1 << mantissa_bits) + mantissa : mantissa;
         const uint32_t power = uint32_t(127 + (exponent ? exponent : 1) - bias() - mantissa_bits) << 23;
         float value;
         std::memcpy(&value, &power, sizeof(value));
-        value *= float(significand);
-        table[i] = i & magnitudes ? -value : value;
+        table[i] = value * float(significand);
+        table[magnitudes + i] = -table[i];
     }
+    for (int i = 2 * magnitudes; i < 256; ++i) table[i] = table[i - 2 * magnitudes];
 }
 
 float FormatSpec::max() const {

@@ -110,7 +110,8 @@ struct VbmiTile : Isa {
                             int64_t left, int64_t chunks, int64_t ahead, uint32_t* tile) {
         const CodeReader reader = expander.natural;
         const auto tables = expander.tables;
-        for (int v = 0; v < Isa::kTileVectors; ++v)
+        for (int v = 0; v < Isa::kTileVectors; ++v) {
+            uint32_t* out = tile + v * kTileUnits * Isa::kLanes;
             for (int64_t c = 0; c < chunks; ++c) {
                 __m512i codes[16];
 #pragma GCC unroll 16
@@ -130,11 +131,12 @@ struct VbmiTile : Isa {
                     for (int l = 0; l < 4; ++l) {
                         const __m512i lower = tables.lower_bytes(couples[l]), upper = tables.upper_bytes(couples[l]);
                         const int64_t pair = c * 32 + 2 * (4 * l + j);
-                        Isa::store_pair(tile + v * kTileUnits * Isa::kLanes, pair, _mm512_unpacklo_epi8(lower, upper));
-                        Isa::store_pair(tile + v * kTileUnits * Isa::kLanes, pair + 1, _mm512_unpackhi_epi8(lower, upper));
+                        Isa::store_pair(out, pair, _mm512_unpacklo_epi8(lower, upper));
+                        Isa::store_pair(out, pair + 1, _mm512_unpackhi_epi8(lower, upper));
                     }
                 }
             }
+        }
     }
 };
 

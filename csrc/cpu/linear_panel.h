@@ -35,7 +35,8 @@ struct Panel {
             for (int v = 0; v < Isa::kTileVectors; ++v) sum[m][v] = Isa::zero();
         for (int64_t u = 0; u < units; ++u) {
             typename Isa::Weights weights[Isa::kTileVectors];
-            for (int v = 0; v < Isa::kTileVectors; ++v) weights[v] = Isa::load_tile(tile + (v * kTileUnits + u) * Isa::kLanes);
+            for (int v = 0; v < Isa::kTileVectors; ++v)
+                weights[v] = Isa::load_tile(tile + (v * kTileUnits + u) * Isa::kLanes);
 #pragma GCC unroll 8
             for (int m = 0; m < kM; ++m) {
                 const typename Isa::Weights value = Isa::broadcast(x + m * ldx + u);
