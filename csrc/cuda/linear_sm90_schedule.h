@@ -1,7 +1,7 @@
 // Who computes what: tiles of y, cut along K where the number of tiles does not fill the GPU ("stream-K").
 //
-// A worker is a block, or a cluster of blocks that cut each of its pieces once more. Every worker computes `whole` tiles alone, and the last tiles form one line of
-// (tile, step along K) that is cut into equal ranges, one a worker, in order:
+// A worker is a block, or a cluster of blocks that cut each of its pieces once more. Every worker computes `whole` tiles
+// alone, and the last tiles form one line of (tile, step along K) that is cut into equal ranges, one a worker, in order:
 //
 //   tile      |----- t -----|---- t+1 ----|---- t+2 ----|
 //   worker    |---- 0 ---|----- 1 ----|----- 2 ----|-- 3
@@ -10,6 +10,8 @@
 // the piece that another worker owns, so that the partial sum is published long before its owner, who takes the piece
 // that he owns last, asks for it. The sum runs in the order of K: deterministic.
 #pragma once
+
+#include "common/layout.h"
 
 namespace ds_fp6 {
 namespace cuda {
@@ -25,13 +27,17 @@ struct Schedule {
     int range_least;  // steps in a worker's range: range_least, and one more for the first range_more workers
     int range_more;
 
-    __host__ __device__ int range_begin(int worker) const {
+    DS_FP6_HD int range_begin(int worker) const {
         return worker * range_least + (worker < range_more ? worker : range_more);
     }
 };
 
-// At most `most`, but a few fewer where that leaves every worker whole tiles: adding up costs more than idle SMs.
-inline int choose_workers(int tiles, int most) {
+// At most `most`, but a few fewer where that leaves every worker whole tiles (adding up costs more than idle SMs), and
+// no more than have some steps to do.
+inline int choose_workers(int tiles, int steps, int most) {
+    constexpr int kLeastSteps = 4;
+    const int busy = tiles * (steps < kLeastSteps ? 1 : steps / kLeastSteps);
+    if (busy < most) most = busy;
     for (int workers = most; workers >= most - most / 24; --workers) {
         if (workers > 0 && tiles % workers == 0) return workers;
     }
@@ -41,7 +47,7 @@ inline int choose_workers(int tiles, int most) {
 // Ranges of at least one tile, where there are that many tiles: then a tile has at most one contributor.
 inline Schedule make_schedule(int tiles_n, int tiles_m, int steps, int most_workers, int group_m) {
     const int tiles = tiles_n * tiles_m;
-    const int workers = choose_workers(tiles, most_workers);
+    const int workers = choose_workers(tiles, steps, most_workers);
     const int left_over = tiles % workers;
     const int shared = left_over == 0 ? 0 : (tiles > workers ? left_over + workers : tiles);
     Schedule s{};
@@ -63,11 +69,9 @@ struct Piece {
     int end;
 };
 
-#ifdef __CUDACC__
-
 // A block's part of a piece of its cluster.
 template <int kClusterK>
-__device__ inline Piece part_of(const Piece& piece, int rank) {
+DS_FP6_HD Piece part_of(const Piece& piece, int rank) {
     if constexpr (kClusterK == 1) return piece;
     const int steps = piece.end - piece.begin;
     return {piece.tile, piece.begin + steps * rank / kClusterK, piece.begin + steps * (rank + 1) / kClusterK};
@@ -78,11 +82,11 @@ struct TileOrigin {
 };
 
 // Groups of group_m tiles along the tokens; inside a group the tokens run fastest.
-__device__ inline TileOrigin tile_origin(const Schedule& s, int tile) {
+DS_FP6_HD TileOrigin tile_origin(const Schedule& s, int tile) {
     const int per_group = s.group_m * s.tiles_n;
     const int group = tile / per_group;
     const int first_m = group * s.group_m;
-    const int rows = min(s.group_m, s.tiles_m - first_m);
+    const int left = s.tiles_m - first_m, rows = left < s.group_m ? left : s.group_m;
     const int inside = tile - group * per_group;
     return {inside / rows, first_m + inside % rows};
 }
@@ -90,14 +94,14 @@ __device__ inline TileOrigin tile_origin(const Schedule& s, int tile) {
 // Walks a worker's pieces: the piece that an earlier worker owns, the whole tiles, the rest of the range.
 class PieceWalk {
 public:
-    __device__ PieceWalk(const Schedule& s, int worker) : s_(s), worker_(worker) {
+    DS_FP6_HD PieceWalk(const Schedule& s, int worker) : s_(s), worker_(worker) {
         at_ = s.range_begin(worker);
         end_ = s.range_begin(worker + 1);
         tile_ = at_ / s.steps;
         offset_ = at_ - tile_ * s.steps;
     }
 
-    __device__ bool next(Piece& piece) {
+    DS_FP6_HD bool next(Piece& piece) {
         const bool contributes = offset_ != 0;
         if (!contributes && whole_ < s_.whole) {
             piece = {whole_ * s_.workers + worker_, 0, s_.steps};
@@ -105,7 +109,8 @@ public:
             return true;
         }
         if (at_ >= end_) return false;
-        const int length = min(s_.steps - offset_, end_ - at_);
+        const int to_tile_end = s_.steps - offset_, to_range_end = end_ - at_;
+        const int length = to_tile_end < to_range_end ? to_tile_end : to_range_end;
         piece = {s_.whole * s_.workers + tile_, offset_, offset_ + length};
         at_ += length;
         ++tile_;
@@ -118,8 +123,6 @@ private:
     int worker_, at_, end_, tile_, offset_;
     int whole_ = 0;
 };
-
-#endif
 
 }  // namespace sm90
 }  // namespace cuda

@@ -1,0 +1,183 @@
+// Compares linear_sm90, launcher and kernel, with a product in double precision: random codes, activations, scales, bias.
+//
+// Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
+// 1: Tile32Wide, which they take for weights too many to emulate).
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "emulator.h"
+
+#define threadIdx (EmulatedThread{})
+#define blockIdx (EmulatedBlock{})
+struct EmulatedThread {
+    int x = emulator::current->index;
+};
+struct EmulatedBlock {
+    int x = emulator::current->block->index;
+};
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+    return bytes <= emulator::kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+#include "linear_sm90_launch.cuh"
+
+using namespace ds_fp6;
+using namespace ds_fp6::cuda;
+
+#ifndef EMULATED_FORMAT
+#define EMULATED_FORMAT Format<3, 2>
+#define EMULATED_TYPE Half
+#endif
+
+static CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, void* x, const cuuint64_t* sizes,
+                       const cuuint64_t*, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                       CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    const sm90::EmulatedMap emulated{static_cast<const uint8_t*>(x), int(sizes[1]), int(sizes[0]), int(box[1])};
+    std::memcpy(map, &emulated, sizeof(emulated));
+    return CUDA_SUCCESS;
+}
+
+extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                                        cudaDriverEntryPointQueryResult* found) {
+    *function = reinterpret_cast<void*>(&encode);
+    *found = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+    int cluster = 1;
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+        if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
+    }
+    const auto kernel = reinterpret_cast<void (*)(const CUtensorMap, const sm90::Problem)>(const_cast<void*>(function));
+    const auto& map = *static_cast<const CUtensorMap*>(arguments[0]);
+    const auto& problem = *static_cast<const sm90::Problem*>(arguments[1]);
+    emulator::kernel_body = [=] { kernel(map, problem); };
+    return emulator::launch(config->gridDim.x, config->blockDim.x, cluster) ? cudaSuccess : cudaErrorLaunchTimeout;
+}
+
+using Fmt = EMULATED_FORMAT;
+using Element = sm90::Codes<Fmt, EMULATED_TYPE>::Element;
+
+static double value_of_code(int code) {
+    const int mantissa = code & ((1 << Fmt::kMantissaBits) - 1);
+    const int exponent = code >> Fmt::kMantissaBits & ((1 << Fmt::kExponentBits) - 1);
+    const double fraction = std::ldexp(mantissa, -Fmt::kMantissaBits);
+    const double magnitude =
+        exponent == 0 ? std::ldexp(fraction, 1 - Fmt::kBias) : std::ldexp(1 + fraction, exponent - Fmt::kBias);
+    return code >> (Fmt::kBits - 1) ? -magnitude : magnitude;
+}
+
+// Puts a code where the kernel looks for it, bit by bit along the format's map.
+static void put(std::vector<uint8_t>& tiles, int k_blocks, int n, int k, int code) {
+    constexpr BitMap map = BitMapOf<Fmt>::kMap;
+    const int row = n % 16, column = k % 64;
+    const int lane = row % 8 * 4 + column % 8 / 2, pair = column / 16 * 4 + column % 16 / 8 * 2 + row / 8;
+    uint32_t bits = static_cast<uint32_t>(code & (Fmt::kCodes / 2 - 1)) << BitMapOf<Fmt>::kShift;
+    if (code >> (Fmt::kBits - 1)) bits |= 0x8000u;
+    if (column % 2 != 0) bits <<= 16;
+    uint8_t* block = tiles.data() + (size_t(n / 64) * k_blocks + k / 64) * Tiles<Fmt::kBits>::kPanelBytes +
+                     n % 64 / 16 * Tiles<Fmt::kBits>::kBlockBytes;
+    for (int i = 0; i < map.pair[pair].count; ++i) {
+        const Term& term = map.pair[pair].term[i];
+        for (int bit = 0; bit < 32; ++bit) {
+            if (!(term.mask >> bit & bits >> bit & 1)) continue;
+            int source = term.source, at = (bit + 32 - term.rotate) % 32;
+            if (source >= Fmt::kBits) {
+                const Terms& spare = map.virtual_word[source - Fmt::kBits];
+                int j = 0;
+                while (!(spare.term[j].mask >> at & 1)) ++j;
+                source = spare.term[j].source;
+                at = (at + 32 - spare.term[j].rotate) % 32;
+            }
+            block[Tiles<Fmt::kBits>::word_offset(lane, source) + at / 8] |= uint8_t(1u << at % 8);
+        }
+    }
+}
+
+constexpr float kPoison = -12345.f;
+
+static bool check(int m, int n, int k, int group_size, int bias, int sms, int tile) {
+    std::mt19937 random{static_cast<uint32_t>(m * 31 + n * 7 + k)};
+    std::normal_distribution<float> normal;
+    const int k_blocks = (k + 63) / 64, groups = group_size ? (k + group_size - 1) / group_size : 1;
+    std::vector<uint8_t> tiles(size_t((n + 63) / 64) * k_blocks * Tiles<Fmt::kBits>::kPanelBytes + 16);
+    std::vector<double> w(size_t(n) * k);
+    std::vector<Element> x(size_t(m) * k), bias16(n), y(size_t(m + 1) * n + 8, Element(kPoison));
+    std::vector<float> scales(size_t(n) * groups), bias32(n);
+    for (auto& s : scales) s = 0.5f + (random() % 1024) / 1024.f;
+    for (int i = 0; i < n; ++i) bias16[i] = Element(normal(random)), bias32[i] = normal(random);
+    for (auto& v : x) v = Element(normal(random));
+    for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < k; ++j) {
+            const int code = random() % Fmt::kCodes;
+            put(tiles, k_blocks, i, j, code);
+            w[size_t(i) * k + j] = value_of_code(code) * scales[size_t(i) * groups + (group_size ? j / group_size : 0)];
+        }
+    }
+    std::vector<uint8_t> workspace(kWorkspaceBytes);
+    LinearProblem p{};
+    p.exponent_bits = Fmt::kExponentBits, p.mantissa_bits = Fmt::kMantissaBits;
+    p.dtype = std::is_same_v<EMULATED_TYPE, Half> ? Dtype::kFloat16 : Dtype::kBFloat16;
+    p.x = x.data(), p.tiles = tiles.data(), p.scales = scales.data(), p.groups = groups;
+    p.group_size = groups > 1 ? group_size : 0;
+    p.bias = bias == 0 ? nullptr : bias == 1 ? static_cast<const void*>(bias16.data()) : bias32.data();
+    p.bias_dtype = bias == 2 ? Dtype::kFloat32 : p.dtype;
+    p.y = y.data(), p.m = m, p.n = n, p.k = k;
+    const Device device{0, 9, 0, sms, emulator::kSharedBytes};
+    std::vector<double> expected(size_t(m) * n), magnitude(size_t(m) * n);
+    for (int i = 0; i < m; ++i) {
+        for (int j = 0; j < n; ++j) {
+            double sum = 0, magnitudes = 0;
+            for (int c = 0; c < k; ++c) {
+                const double term = w[size_t(j) * k + c] * static_cast<float>(x[size_t(i) * k + c]);
+                sum += term, magnitudes += std::fabs(term);
+            }
+            if (bias) sum += bias == 1 ? static_cast<float>(bias16[j]) : bias32[j];
+            expected[size_t(i) * n + j] = sum, magnitude[size_t(i) * n + j] = magnitudes;
+        }
+    }
+    const double step = std::is_same_v<EMULATED_TYPE, Half> ? 0x1p-11 : 0x1p-8;  // of rounding y
+    for (int turn = 0; turn < 2; ++turn) {  // the second launch finds the flags that the first one left
+        std::fill(y.begin(), y.end(), Element(kPoison));
+        using Codes = sm90::Codes<Fmt, EMULATED_TYPE>;
+        const cudaError_t status =
+            tile == 0 ? sm90::launch<Fmt, EMULATED_TYPE>(p, device, workspace.data(), nullptr)
+                      : sm90::launch_tile<sm90::Tile32Wide, Codes, false>(p, device, workspace.data(), nullptr);
+        if (status != cudaSuccess) {
+            std::printf("m %d n %d k %d group %d: %s\n", m, n, k, group_size,
+                        status == cudaErrorLaunchTimeout ? "deadlock" : "launch failed");
+            return false;
+        }
+        for (size_t i = 0; i < y.size(); ++i) {
+            const double got = static_cast<float>(y[i]);
+            const bool right = i < expected.size()
+                                   ? std::fabs(got - expected[i]) <= std::fabs(expected[i]) * step * 1.01 + magnitude[i] * 0x1p-20
+                                   : got == static_cast<float>(Element(kPoison));
+            if (right) continue;
+            std::printf("m %d n %d k %d group %d bias %d sms %d launch %d: y[%zu] = %g, expected %g\n", m, n, k, group_size,
+                        bias, sms, turn, i, got, i < expected.size() ? expected[i] : kPoison);
+            return false;
+        }
+    }
+    return true;
+}
+
+int main(int count, char** arguments) {
+    bool right = true;
+    for (int i = 1; i + 6 < count; i += 7) {
+        int v[7];
+        for (int j = 0; j < 7; ++j) v[j] = std::atoi(arguments[i + j]);
+        right = check(v[0], v[1], v[2], v[3], v[4], v[5], v[6]) && right;
+    }
+    std::printf(right ? "right\n" : "wrong\n");
+    return right ? 0 : 1;
+}

@@ -1,0 +1,139 @@
+// The emulated twin of csrc/cuda/ptx_sm90.cuh.
+#pragma once
+
+#include "emulator.h"
+
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
+
+using namespace emulator;
+
+inline uint8_t shared[1];  // the kernel asks for its address only
+inline uint32_t shared_address(const void*) { return 0; }
+
+inline void barrier_init(uint32_t address, uint32_t arrivals) {
+    Barrier& b = current->block->barriers[address];
+    b = Barrier();
+    b.count = b.pending = arrivals;
+}
+inline void barrier_init_fence() {}
+inline void barrier_arrive_expect(uint32_t address, uint32_t bytes) { ++progress, barrier(address).expect(bytes); }
+inline void barrier_arrive(uint32_t address) { ++progress, barrier(address).arrive(); }
+inline uint32_t map_to_rank(uint32_t address, uint32_t rank) { return address | (rank + 1) << 24; }
+inline void barrier_arrive_cluster(uint32_t address) {
+    Barrier* b = &barrier(address);
+    later([b] { b->arrive(); });
+}
+inline bool barrier_try_wait(uint32_t address, uint32_t parity) {
+    yield();
+    return (barrier(address).phase & 1) != parity;
+}
+inline void barrier_wait(uint32_t address, uint32_t parity) {
+    while (!barrier_try_wait(address, parity)) {
+    }
+}
+
+inline uint64_t policy_evict_first() { return 0; }
+inline uint64_t policy_evict_last() { return 0; }
+
+inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t address, uint64_t) {
+    if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) std::printf("bad bulk copy\n"), std::exit(3);
+    uint8_t* to = memory(target, 16);
+    Barrier* b = &barrier(address);
+    later([=] { std::memcpy(to, source, bytes), b->complete(bytes); });
+}
+
+// What the launcher's tensor map holds here.
+struct EmulatedMap {
+    const uint8_t* x;
+    int m, k, rows;
+};
+inline void tensor_prefetch(const CUtensorMap*) {}
+inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t address, uint64_t) {
+    EmulatedMap x;
+    std::memcpy(&x, map, sizeof(x));
+    if (target % 1024 != 0) std::printf("bad tensor copy\n"), std::exit(3);
+    uint8_t* to = memory(target, 16);
+    Barrier* b = &barrier(address);
+    later([=] {
+        for (int r = 0; r < x.rows; ++r) {
+            for (int c = 0; c < 64; ++c) {
+                uint16_t value = 0;
+                if (row + r < x.m && column + c < x.k) std::memcpy(&value, x.x + (int64_t(row + r) * x.k + column + c) * 2, 2);
+                std::memcpy(to + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, &value, 2);
+            }
+        }
+        b->complete(x.rows * 128);
+    });
+}
+
+inline uint4 load_shared_16(uint32_t address) {
+    uint4 v;
+    std::memcpy(&v, memory(address, 16), 16);
+    return v;
+}
+inline uint2 load_shared_8(uint32_t address) {
+    uint2 v;
+    std::memcpy(&v, memory(address, 8), 8);
+    return v;
+}
+inline uint32_t load_shared_4(uint32_t address) {
+    uint32_t v;
+    std::memcpy(&v, memory(address, 4), 4);
+    return v;
+}
+inline float4 load_shared_float4(uint32_t address) {
+    float4 v;
+    std::memcpy(&v, memory(address, 16), 16);
+    return v;
+}
+inline void store_shared_16(uint32_t address, float4 v) { std::memcpy(memory(address, 16), &v, 16); }
+inline void store_async_16(uint32_t address, float4 v, uint32_t signal) {
+    uint8_t* to = memory(address, 16);
+    Barrier* b = &barrier(signal);
+    later([=] { std::memcpy(to, &v, 16), b->complete(16); });
+}
+
+// Lane l holds, of matrix q, row l / 4, columns 2 (l % 4) and the next; lane 8q + r the address of row r.
+template <int kMatrices>
+void store_matrices(uint32_t row, const uint32_t (&q)[kMatrices]) {
+    const int lane = current->index % 32;
+    current->shown[0] = row;
+    meet_warp();
+    for (int i = 0; i < kMatrices; ++i) {
+        for (int h = 0; h < 2; ++h) {
+            const uint16_t value = static_cast<uint16_t>(q[i] >> (16 * h));
+            const uint32_t target = lane_of_warp(8 * i + 2 * (lane % 4) + h).shown[0];
+            std::memcpy(memory(target, 16) + lane / 4 * 2, &value, 2);
+        }
+    }
+    meet_warp();
+}
+inline void store_matrix_transposed_4(uint32_t row, uint32_t q0, uint32_t q1, uint32_t q2, uint32_t q3) {
+    store_matrices<4>(row, {q0, q1, q2, q3});
+}
+inline void store_matrix_transposed_2(uint32_t row, uint32_t q0, uint32_t q1) { store_matrices<2>(row, {q0, q1}); }
+
+template <int>
+void registers_increase() {}
+template <int>
+void registers_decrease() {}
+
+inline void named_sync(int id, int threads) { meet(current->block->meetings[id], threads); }
+inline uint32_t cluster_rank() { return current->block->rank; }
+inline void cluster_sync() {
+    meet(*current->block->cluster_meeting, current->block->threads * static_cast<int>(current->block->cluster.size()));
+}
+inline void wait_for_earlier_grids() {}
+inline void launch_later_grids() {}
+
+inline uint32_t load_acquire(const uint32_t* address) {
+    yield();
+    return *address;
+}
+inline void store_release(uint32_t* address, uint32_t value) { ++progress, *address = value; }
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6

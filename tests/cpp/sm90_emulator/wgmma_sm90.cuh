@@ -1,0 +1,83 @@
+// The emulated twin of csrc/cuda/wgmma_sm90.cuh: operands are read when the operation is waited for.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "emulator.h"
+
+namespace ds_fp6 {
+namespace cuda {
+namespace sm90 {
+
+inline void pin(uint32_t&) {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulator::current->groups.emplace_back(); }
+
+template <int kPending>
+void wgmma_wait() {
+    auto& groups = emulator::current->groups;
+    while (groups.size() > kPending + 1) {
+        const auto group = std::move(groups.front());
+        groups.erase(groups.begin());
+        for (const auto& operation : group) operation();
+    }
+}
+
+inline uint64_t wgmma_descriptor(uint32_t address) { return address; }
+
+inline float value_of(uint16_t bits, __half) {
+    static const std::vector<float> values = [] {
+        std::vector<float> v(65536);
+        for (int i = 0; i < 65536; ++i) v[i] = __half2float(__half(__half_raw{static_cast<unsigned short>(i)}));
+        return v;
+    }();
+    return values[bits];
+}
+inline float value_of(uint16_t bits, __nv_bfloat16) { return __uint_as_float(uint32_t(bits) << 16); }
+
+template <class T, int kTokens>
+struct Wgmma {
+    static void issue(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+        emulator::current->groups.back().push_back([&d, &a, b, accumulate] { multiply(d, a, b, accumulate); });
+    }
+
+private:
+    static void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+        using namespace emulator;
+        current->operand = a;
+        meet_warp();
+        const int lane = current->index % 32, first = lane / 4 * 4;
+        float rows[2][16];
+        for (int t = 0; t < 4; ++t) {
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t pair = lane_of_warp(first + t).operand[i];
+                rows[i % 2][i / 2 * 8 + 2 * t] = value_of(static_cast<uint16_t>(pair), T());
+                rows[i % 2][i / 2 * 8 + 2 * t + 1] = value_of(static_cast<uint16_t>(pair >> 16), T());
+            }
+        }
+        for (int j = 0; j < kTokens / 8; ++j) {
+            for (int h = 0; h < 2; ++h) {
+                const int token = 8 * j + 2 * (lane % 4) + h;
+                float column[16];
+                for (int k = 0; k < 16; ++k) {
+                    uint32_t at = static_cast<uint32_t>(b & 0x3FFF) * 16 + token / 8 * 1024 + token % 8 * 128 + k * 2;
+                    at ^= (at >> 7 & 7) << 4;
+                    uint16_t bits;
+                    std::memcpy(&bits, memory(at, 2), 2);
+                    column[k] = value_of(bits, T());
+                }
+                for (int r = 0; r < 2; ++r) {
+                    float sum = accumulate ? d[4 * j + 2 * r + h] : 0.f;
+                    for (int k = 0; k < 16; ++k) sum += rows[r][k] * column[k];
+                    d[4 * j + 2 * r + h] = sum;
+                }
+            }
+        }
+        meet_warp();
+    }
+};
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace ds_fp6

@@ -1,0 +1,77 @@
+"""The Hopper kernel where there is no Hopper: its C++ on an emulated GPU, and what ptxas says about it.
+
+The emulator does asynchronous work as late as the kernel may rely on (``tests/cpp/sm90_emulator/emulator.h``), so that a
+missing wait, a slot given away too early and a deadlock show. It sees no instruction: those the GPU's own tests check.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+EMULATOR = ROOT / "tests" / "cpp" / "sm90_emulator"
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no CUDA toolkit: nvcc is not on PATH")
+
+#: m, n, k, group size, bias (0 none, 1 of x's type, 2 fp32), SMs, tile (0 the heuristics' choice): every tile, whole and
+#: cut along K, one piece a worker and several, ragged in every direction, clusters that exchange halves.
+CASES = [
+    (1, 64, 64, 0, 0, 4, 0), (1, 7, 8, 0, 1, 2, 0), (8, 200, 1032, 0, 1, 3, 0), (5, 1000, 776, 0, 2, 5, 0),
+    (16, 64, 4096, 0, 0, 7, 0), (16, 200, 2000, 0, 1, 3, 0), (32, 300, 1288, 0, 2, 3, 0), (32, 300, 1288, 0, 1, 3, 1),
+    (33, 520, 640, 0, 1, 4, 0), (64, 600, 1032, 0, 0, 5, 0), (64, 256, 2048, 0, 1, 6, 0), (64, 1000, 520, 0, 0, 2, 0),
+    (65, 300, 520, 0, 1, 4, 0), (128, 520, 776, 0, 0, 7, 0), (200, 256, 640, 0, 2, 3, 0),
+]  # fmt: skip
+GROUPED = [(5, 100, 520, 64, 1, 3, 0), (16, 200, 776, 128, 0, 4, 0), (30, 300, 520, 192, 1, 3, 0), (100, 257, 648, 128, 2, 3, 0)]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel's sources with the emulator's headers in place of those that hold PTX."""
+    folder = tmp_path_factory.mktemp("sm90")
+    shutil.copytree(ROOT / "csrc" / "common", folder / "common")
+    for source in [*CUDA.glob("linear_sm90*.h"), *CUDA.glob("linear_sm90*.cuh"), CUDA / "linear.h", CUDA / "dequant.cuh"]:
+        shutil.copy(source, folder)
+    for source in EMULATOR.iterdir():
+        shutil.copy(source, folder)
+    return folder
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
+@pytest.mark.parametrize("fmt, dtype, cases", [("3, 2", "Half", CASES + GROUPED), ("2, 2", "BFloat16", CASES[2:15:4])])
+def test_emulated_kernel_agrees_with_double_precision(sources: Path, fmt: str, dtype: str, cases: list) -> None:
+    include = Path(NVCC).resolve().parent.parent / "include"
+    if not (include / "cuda_fp16.h").exists():
+        include = next(Path("/usr/local").glob("cuda*/include/cuda_fp16.h")).parent
+    program = sources / f"emulate_{dtype}"
+    subprocess.run(
+        ["c++", "-std=c++17", "-O1", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
+         f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_TYPE={dtype}", f"-I{sources}", f"-I{include}",
+         str(sources / "main.cpp"), "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    arguments = [str(number) for case in cases for number in case]
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0 and result.stdout.strip() == "right", result.stdout + result.stderr
+
+
+@needs_nvcc
+def test_ptxas_neither_spills_nor_serializes(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
+         "-cubin", "-o", str(tmp_path / "kernels.cubin"), str(CUDA / "linear_sm90_f16_e3m2.cu")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
+    assert len(kernels) == 12 and set(kernels) == {("0", "0")}, report
+    # C7508: setmaxnreg ignored. C7510 to C7519: wgmmas wait for each other.
+    assert not re.findall(r"\(C75\d\d\)", report), report
