@@ -25,7 +25,8 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no CUDA toolkit: nvcc is n
 CASES = [
     (1, 64, 64, 0, 0, 4, 0), (1, 7, 8, 0, 1, 2, 0), (8, 200, 1032, 0, 1, 3, 0), (5, 1000, 776, 0, 2, 5, 0),
     (16, 64, 4096, 0, 0, 7, 0), (16, 200, 2000, 0, 1, 3, 0), (32, 300, 1288, 0, 2, 3, 0), (32, 300, 1288, 0, 1, 3, 1),
-    (33, 520, 640, 0, 1, 4, 0), (64, 600, 1032, 0, 0, 5, 0), (64, 256, 2048, 0, 1, 6, 0), (64, 1000, 520, 0, 0, 2, 0),
+    (33, 520, 640, 0, 1, 4, 0), (64, 600, 1032, 0, 0, 5, 0), (64, 256, 2048, 0, 1, 6, 0), (64, 1000, 520, 0, 0, 2, 2),
+    (64, 256, 1032, 0, 1, 8, 2),
     (65, 300, 520, 0, 1, 4, 0), (128, 520, 776, 0, 0, 7, 0), (200, 256, 640, 0, 2, 3, 0),
 ]  # fmt: skip
 GROUPED = [(5, 100, 520, 64, 1, 3, 0), (16, 200, 776, 128, 0, 4, 0), (30, 300, 520, 192, 1, 3, 0), (100, 257, 648, 128, 2, 3, 0)]
@@ -60,6 +61,15 @@ def test_emulated_kernel_agrees_with_double_precision(sources: Path, fmt: str, d
     arguments = [str(number) for case in cases for number in case]
     result = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=280)
     assert result.returncode == 0 and result.stdout.strip() == "right", result.stdout + result.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
+def test_schedule_does_every_step_once(tmp_path: Path) -> None:
+    program = tmp_path / "check_schedule"
+    source = ROOT / "tests" / "cpp" / "check_schedule.cpp"
+    subprocess.run(["c++", "-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.strip() == "right", result.stdout
 
 
 @needs_nvcc

@@ -11,24 +11,21 @@ enum class TileChoice { k8, k16, k32, k32Wide, k64, k64Cut, k128, k128Cut };
 
 // The narrowest tile that holds all tokens reads and dequantizes each weight once. Then:
 //
-//   tokens  condition               tile   reason
-//   <= 32   >= 2^27 weights         wide   four panels share the activations; below that, a tile cut in four along K
-//                                          costs more than their traffic
-//   > 32    tiles <= 2/3 of SMs     cut    pairs of blocks add up through shared memory what would else be twice as
-//                                          many partial sums through the L2
+//   tokens  condition             tile   reason
+//   <= 32   >= 2^27 weights       wide   four panels share the activations; below that, adding up tiles that are cut in
+//                                        four along K costs more than the activations' traffic
+//   <= 64   < 2^27 weights        cut    likewise: two panels, and pairs of blocks that add up through shared memory
+//   > 64    tiles <= 2/3 of SMs   cut    pairs halve the partial sums that go through the L2
 inline TileChoice choose_tile(const LinearProblem& p, const Device& device) {
     const bool grouped = p.groups > 1;
     if (p.m <= 8) return TileChoice::k8;
     if (p.m <= 16) return TileChoice::k16;
-    if (p.m <= 32) {
-        return !grouped && static_cast<int64_t>(p.n) * p.k >= 1 << 27 ? TileChoice::k32Wide : TileChoice::k32;
-    }
+    const bool large = static_cast<int64_t>(p.n) * p.k >= 1 << 27;
+    if (p.m <= 32) return large && !grouped ? TileChoice::k32Wide : TileChoice::k32;
     if (grouped) return TileChoice::k64;  // two sets of sums leave no registers for 128 tokens
-    const int tokens = p.m <= 64 ? 64 : 128;
-    const int64_t tiles = static_cast<int64_t>((p.n + 255) / 256) * ((p.m + tokens - 1) / tokens);
-    const bool cut = 3 * tiles <= 2 * device.sms;
-    if (tokens == 64) return cut ? TileChoice::k64Cut : TileChoice::k64;
-    return cut ? TileChoice::k128Cut : TileChoice::k128;
+    if (p.m <= 64) return large ? TileChoice::k64 : TileChoice::k64Cut;
+    const int64_t tiles = static_cast<int64_t>((p.n + 255) / 256) * ((p.m + 127) / 128);
+    return 3 * tiles <= 2 * device.sms ? TileChoice::k128Cut : TileChoice::k128;
 }
 
 }  // namespace sm90

@@ -32,14 +32,14 @@ struct Schedule {
     }
 };
 
-// At most `most`, but a few fewer where that leaves every worker whole tiles (adding up costs more than idle SMs), and
-// no more than have some steps to do.
+// At most `most`, but a few fewer where that leaves every worker whole tiles, or every tile equal pieces (adding up costs
+// more than idle SMs), and no more than have some steps to do.
 inline int choose_workers(int tiles, int steps, int most) {
     constexpr int kLeastSteps = 4;
     const int busy = tiles * (steps < kLeastSteps ? 1 : steps / kLeastSteps);
     if (busy < most) most = busy;
     for (int workers = most; workers >= most - most / 24; --workers) {
-        if (workers > 0 && tiles % workers == 0) return workers;
+        if (workers > 0 && (tiles % workers == 0 || workers % tiles == 0)) return workers;
     }
     return most;
 }

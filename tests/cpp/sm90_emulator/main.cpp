@@ -1,7 +1,7 @@
 // Compares linear_sm90, launcher and kernel, with a product in double precision: random codes, activations, scales, bias.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
-// 1: Tile32Wide, which they take for weights too many to emulate).
+// 1, 2: Tile32Wide, Tile64, which they take for weights too many to emulate).
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -150,8 +150,9 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
         std::fill(y.begin(), y.end(), Element(kPoison));
         using Codes = sm90::Codes<Fmt, EMULATED_TYPE>;
         const cudaError_t status =
-            tile == 0 ? sm90::launch<Fmt, EMULATED_TYPE>(p, device, workspace.data(), nullptr)
-                      : sm90::launch_tile<sm90::Tile32Wide, Codes, false>(p, device, workspace.data(), nullptr);
+            tile == 0   ? sm90::launch<Fmt, EMULATED_TYPE>(p, device, workspace.data(), nullptr)
+            : tile == 1 ? sm90::launch_tile<sm90::Tile32Wide, Codes, false>(p, device, workspace.data(), nullptr)
+                        : sm90::launch_tile<sm90::Tile64, Codes, false>(p, device, workspace.data(), nullptr);
         if (status != cudaSuccess) {
             std::printf("m %d n %d k %d group %d: %s\n", m, n, k, group_size,
                         status == cudaErrorLaunchTimeout ? "deadlock" : "launch failed");
