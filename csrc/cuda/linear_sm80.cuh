@@ -331,15 +331,14 @@ private:
             for (int i = 0; i < Tile::kSums / 4; ++i) __stcg(to + i * Tile::kSumThreads, own[i]);
             __threadfence();
         }
-        __shared__ bool is_last;
         __syncthreads();
+        bool is_last = false;
         if (threadIdx.x == 0) {
             is_last = atomicAdd(p_.arrived + first, 1u) == static_cast<uint32_t>(last - first);
             if (is_last) p_.arrived[first] = 0;
             __threadfence();
         }
-        __syncthreads();
-        if (!is_last) return false;
+        if (!__syncthreads_or(is_last)) return false;
         if (warp_k_ == 0) {
 #pragma unroll
             for (int i = 0; i < Tile::kSums / 4; ++i) own[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

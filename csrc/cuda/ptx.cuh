@@ -25,6 +25,18 @@ DS_FP6_DEVICE uint32_t min_f16x2(uint32_t a, uint32_t b) {
     return d;
 }
 
+// Larger half of each, NaN where either is, subnormals kept.
+DS_FP6_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DS_FP6_DEVICE uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 // a * b + c in bf16, subnormals kept.
 DS_FP6_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d;

@@ -11,8 +11,10 @@ namespace ds_fp6 {
 namespace cuda {
 namespace tiles {
 
-// ---- dense elements as fp32 ----
+// ---- dense elements ----
 
+// widen, round: to and from fp32. larger: the larger magnitudes of a word's elements and of those in `largest`, where
+// NaN is larger than all; magnitude: the largest of `largest` as fp32 bits.
 template <Dtype D>
 struct Element;
 template <>
@@ -20,18 +22,34 @@ struct Element<Dtype::kFloat32> {
     using Type = float;
     static DS_FP6_DEVICE float widen(float v) { return v; }
     static DS_FP6_DEVICE float round(float v) { return v; }
+    static DS_FP6_DEVICE uint32_t word(float v) { return __float_as_uint(v); }
+    static DS_FP6_DEVICE uint32_t larger(uint32_t largest, uint32_t word) { return max(largest, word & 0x7FFFFFFFu); }
+    static DS_FP6_DEVICE uint32_t magnitude(uint32_t largest) { return largest; }
 };
 template <>
 struct Element<Dtype::kFloat16> {
     using Type = __half;
     static DS_FP6_DEVICE float widen(__half v) { return __half2float(v); }
     static DS_FP6_DEVICE __half round(float v) { return __float2half_rn(v); }
+    static DS_FP6_DEVICE uint32_t word(__half v) { return __half_as_ushort(v); }
+    static DS_FP6_DEVICE uint32_t larger(uint32_t largest, uint32_t word) {
+        return ptx::max_f16x2(largest, word & 0x7FFF7FFFu);
+    }
+    static DS_FP6_DEVICE uint32_t magnitude(uint32_t largest) {
+        const uint16_t low = largest & 0xFFFF, high = largest >> 16;
+        return __float_as_uint(__half2float(__ushort_as_half(max(low, high))));
+    }
 };
 template <>
 struct Element<Dtype::kBFloat16> {
     using Type = __nv_bfloat16;
     static DS_FP6_DEVICE float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
     static DS_FP6_DEVICE __nv_bfloat16 round(float v) { return __float2bfloat16_rn(v); }
+    static DS_FP6_DEVICE uint32_t word(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
+    static DS_FP6_DEVICE uint32_t larger(uint32_t largest, uint32_t word) {
+        return ptx::max_bf16x2(largest, word & 0x7FFF7FFFu);
+    }
+    static DS_FP6_DEVICE uint32_t magnitude(uint32_t largest) { return max(largest & 0xFFFF, largest >> 16) << 16; }
 };
 
 // Two neighbours in one access.
@@ -42,36 +60,56 @@ struct alignas(2 * sizeof(Type)) Two {
 
 // ---- rounding ----
 
-// Place (pack.cuh) of the code nearest to t: ties away from zero, saturating, never -0.
-//
-// Above the smallest normal, adding half a unit to the fp32 bits and cutting them off rounds the magnitude; a carry
-// moves into the exponent by itself. Below it, units of the smallest value are counted; halves are found by
-// comparison, because adding 0.5 would round a second time.
+// 2^kMaxExponent * (2 - 2^-M)
 template <class Fmt>
-DS_FP6_DEVICE uint32_t encode(float t) {
+DS_FP6_HD constexpr float largest_value() {
+    return static_cast<float>(1u << Fmt::kMaxExponent) * (2.0f - 1.0f / (1u << Fmt::kMantissaBits));
+}
+
+// Code, without its sign, of the value nearest to |t|: ties away from zero, saturating.
+//
+// Adding half a unit to the fp32 bits and cutting the rest off rounds the magnitude; a carry moves into the exponent by
+// itself. Below the smallest normal, adding that first gives the mantissa the subnormals' spacing; toward zero, which
+// leaves what is under a half under it.
+template <class Fmt>
+DS_FP6_DEVICE uint32_t encode_magnitude(float t) {
     constexpr int drop = 23 - Fmt::kMantissaBits;
-    constexpr uint32_t rebias = uint32_t(127 - Fmt::kBias) << Fmt::kMantissaBits;
-    constexpr uint32_t most = (1u << (Fmt::kBits - 1)) - 1;
-    constexpr uint32_t normal = uint32_t(127 + Fmt::kMinExponent) << 23;
-    constexpr uint32_t unit = uint32_t(127 - Fmt::kMinExponent + Fmt::kMantissaBits) << 23;  // 1 / smallest value
-    const uint32_t bits = __float_as_uint(t), magnitude = bits & 0x7FFFFFFFu;
-    uint32_t code = ((magnitude + (1u << (drop - 1))) >> drop) - rebias;
-    if (magnitude < normal) {
-        const float units = __uint_as_float(magnitude) * __uint_as_float(unit);
-        const float whole = truncf(units);
-        code = static_cast<uint32_t>(whole) + (units - whole >= 0.5f);
-    }
-    code = min(code, most);
-    const uint32_t sign = code == 0 ? 0 : bits >> 16 & 0x8000u;
-    return sign | code << BitMapOf<Fmt>::kShift;
+    constexpr uint32_t half = 1u << (drop - 1);
+    constexpr uint32_t normal_bits = uint32_t(127 + Fmt::kMinExponent) << 23;  // of 2^kMinExponent, code 1 << M
+    const float smallest_normal = __uint_as_float(normal_bits);
+    const float magnitude = fminf(fabsf(t), largest_value<Fmt>());
+    const bool normal = magnitude >= smallest_normal;
+    const float aligned = normal ? magnitude : __fadd_rz(magnitude, smallest_normal);
+    const uint32_t first = normal ? normal_bits - (1u << 23) : normal_bits;  // bits whose code is 0
+    return (__float_as_uint(aligned) + half - first) >> drop;
+}
+
+// The pair (pack.cuh) of the codes nearest to t0 and t1. A zero has no sign.
+template <class Fmt>
+DS_FP6_DEVICE uint32_t encode_pair(float t0, float t1) {
+    const uint32_t codes = encode_magnitude<Fmt>(t0) | encode_magnitude<Fmt>(t1) << 16;
+    const uint32_t signs = __float_as_uint(t0) >> 16 | (__float_as_uint(t1) & 0xFFFF0000u);
+    const uint32_t not_zero = codes + 0x7FFF7FFFu;  // bit 15 of each half
+    return codes << BitMapOf<Fmt>::kShift | (signs & not_zero & 0x80008000u);
 }
 
 template <class Fmt>
 DS_FP6_DEVICE float scale_of(uint32_t largest) {
-    // 2^kMaxExponent * (2 - 2^-M)
-    constexpr float most = static_cast<float>(1u << Fmt::kMaxExponent) * (2.0f - 1.0f / (1u << Fmt::kMantissaBits));
     constexpr float smallest = 1.17549435e-38f;  // 2^-126: scales stay out of fp32's subnormals
-    return largest == 0 ? 1.0f : fmaxf(__fdiv_rn(__uint_as_float(largest), most), smallest);
+    return largest == 0 ? 1.0f : fmaxf(__fdiv_rn(__uint_as_float(largest), largest_value<Fmt>()), smallest);
+}
+
+// w / scale as IEEE rounds it, from the rounded reciprocal: two corrections of the quotient by its exact remainder
+// (Markstein). Exact while nothing on the way leaves fp32's range: where scale_divides_fast, and for |w| below 2^60.
+// Smaller remainders than fp32 holds belong to quotients that round to zero anyway.
+DS_FP6_DEVICE float divide_fast(float w, float scale, float reciprocal) {
+    const float first = w * reciprocal;
+    const float second = __fmaf_rn(__fmaf_rn(-first, scale, w), reciprocal, first);
+    return __fmaf_rn(__fmaf_rn(-second, scale, w), reciprocal, second);
+}
+DS_FP6_DEVICE bool divides_fast(float scale, uint32_t largest) {
+    constexpr float limit = 1152921504606846976.0f;  // 2^60
+    return scale >= 1.0f / limit && scale <= limit && __uint_as_float(largest) <= limit;
 }
 
 // ---- a block of tiles ----
@@ -115,12 +153,8 @@ static_assert(kQuantizeWarps == kBlockRows, "a warp finds the scales of a row");
 // NaN and infinity.
 template <Dtype D>
 DS_FP6_DEVICE uint32_t largest_magnitude(const typename Element<D>::Type* row, int begin, int end, int lane, int lanes) {
-    using Type = typename Element<D>::Type;
+    constexpr int kVector = 16 / sizeof(typename Element<D>::Type), kUnroll = 4;
     uint32_t largest = 0;
-    const auto take = [&](Type v) {
-        largest = max(largest, __float_as_uint(Element<D>::widen(v)) & 0x7FFFFFFFu);
-    };
-    constexpr int kVector = 16 / sizeof(Type), kUnroll = 4;
     int at = begin;
     if (reinterpret_cast<uintptr_t>(row + begin) % 16 == 0) {
         for (; at + kUnroll * lanes * kVector <= end; at += kUnroll * lanes * kVector) {
@@ -129,19 +163,18 @@ DS_FP6_DEVICE uint32_t largest_magnitude(const typename Element<D>::Type* row, i
             for (int i = 0; i < kUnroll; ++i) v[i] = __ldg(reinterpret_cast<const uint4*>(row + at) + i * lanes + lane);
 #pragma unroll
             for (int i = 0; i < kUnroll; ++i) {
-                const Type* element = reinterpret_cast<const Type*>(&v[i]);
-#pragma unroll
-                for (int j = 0; j < kVector; ++j) take(element[j]);
+                largest = Element<D>::larger(largest, v[i].x), largest = Element<D>::larger(largest, v[i].y);
+                largest = Element<D>::larger(largest, v[i].z), largest = Element<D>::larger(largest, v[i].w);
             }
         }
     }
-    for (int i = at + lane; i < end; i += lanes) take(row[i]);
-    return largest;
+    for (int i = at + lane; i < end; i += lanes) largest = Element<D>::larger(largest, Element<D>::word(row[i]));
+    return Element<D>::magnitude(largest);
 }
 
-// Checks and writes the scale of one group of a row.
+// Checks and writes the scale of one group of a row. Returns whether it divides fast.
 template <class Fmt, Dtype D>
-DS_FP6_DEVICE void settle_scale(const QuantizeProblem& p, const typename Element<D>::Type* from, int row, int group,
+DS_FP6_DEVICE bool settle_scale(const QuantizeProblem& p, const typename Element<D>::Type* from, int row, int group,
                                 uint32_t largest) {
     if (largest >= 0x7F800000u) {
         int column = group * p.group_size;
@@ -153,32 +186,59 @@ DS_FP6_DEVICE void settle_scale(const QuantizeProblem& p, const typename Element
     if (p.given != nullptr && !(scale > 0.0f && isfinite(scale)))
         atomicMin(&p.refused->scale, static_cast<unsigned long long>(at));
     p.scales[at] = scale;
+    return divides_fast(scale, largest);
 }
 
-// The scales of a row, by one warp: a lane takes short groups each, all lanes a long one together.
+// The scales of a row, by one warp: a lane takes short groups each, all lanes a long one together. Returns whether all
+// that this lane settled divide fast.
 template <class Fmt, Dtype D>
-DS_FP6_DEVICE void find_scales(const QuantizeProblem& p, int row, int lane) {
+DS_FP6_DEVICE bool find_scales(const QuantizeProblem& p, int row, int lane) {
     constexpr int kShort = 512;
     const auto* from = static_cast<const typename Element<D>::Type*>(p.w) + row * p.row_stride;
     const bool alone = p.group_size <= kShort;
     const int step = alone ? kLanes : 1;
+    bool fast = true;
     for (int first = 0; first < p.groups; first += step) {
         const int group = alone ? first + lane : first;
         if (group >= p.groups) break;
         const int begin = group * p.group_size, end = min(p.k, begin + p.group_size);
         uint32_t largest = largest_magnitude<D>(from, begin, end, alone ? 0 : lane, alone ? 1 : kLanes);
         if (!alone) largest = __reduce_max_sync(0xFFFFFFFFu, largest);
-        if (alone || lane == 0) settle_scale<Fmt, D>(p, from, row, group, largest);
+        if (alone || lane == 0) fast &= settle_scale<Fmt, D>(p, from, row, group, largest);
+    }
+    return fast;
+}
+
+// This lane's weights of the 16 x 64 block at (row, column); 0 beyond the matrix.
+template <Dtype D>
+DS_FP6_DEVICE void load_block(const QuantizeProblem& p, int row, int column, int lane, bool in_pairs,
+                              Two<typename Element<D>::Type> (&pairs)[kPairs]) {
+    using Type = typename Element<D>::Type;
+    const Type* from = static_cast<const Type*>(p.w) + row * p.row_stride + column;
+    if (in_pairs && row + kBlockRows <= p.n && column + kBlockColumns <= p.k) {
+        const Type* rows[2] = {from + lane / 4 * p.row_stride, from + (lane / 4 + 8) * p.row_stride};
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i)
+            pairs[i] = *reinterpret_cast<const Two<Type>*>(rows[i % 2] + pair_column(lane, i));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+        const int r = pair_row(lane, i), c = pair_column(lane, i);
+        const Type* at = from + r * p.row_stride + c;
+        const bool inside = row + r < p.n;
+        pairs[i].low = inside && column + c < p.k ? at[0] : Element<D>::round(0.0f);
+        pairs[i].high = inside && column + c + 1 < p.k ? at[1] : Element<D>::round(0.0f);
     }
 }
 
 // Codes of the 16 x 64 block at (row, column).
 template <class Fmt, Dtype D>
-DS_FP6_DEVICE void encode_block(const QuantizeProblem& p, int row, int column, int lane, bool in_pairs, uint8_t* block) {
-    using Type = typename Element<D>::Type;
-    const Type* from = static_cast<const Type*>(p.w);
+DS_FP6_DEVICE void encode_block(const QuantizeProblem& p, int row, int column, int lane, bool in_pairs, bool fast,
+                                uint8_t* block) {
+    Two<typename Element<D>::Type> pairs[kPairs];
+    load_block<D>(p, row, column, lane, in_pairs, pairs);
     const int rows[2] = {row + lane / 4, row + lane / 4 + 8};
-    // One scale a row of the block, unless a group ends inside it.
     const int first_group = column / p.group_size, last_column = min(column + kBlockColumns, p.k) - 1;
     const bool one_group = first_group == last_column / p.group_size;
     float scale[2];
@@ -186,35 +246,35 @@ DS_FP6_DEVICE void encode_block(const QuantizeProblem& p, int row, int column, i
     for (int i = 0; i < 2; ++i)
         scale[i] = rows[i] < p.n ? p.scales[static_cast<size_t>(rows[i]) * p.groups + first_group] : 1.0f;
 
-    float values[kPairs][2];
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-        const int r = rows[pair % 2], c = column + pair_column(lane, pair);
-        const Type* at = from + r * p.row_stride + c;
-        values[pair][0] = values[pair][1] = 0.0f;
-        if (r >= p.n) continue;
-        if (in_pairs && c + 1 < p.k) {
-            const Two<Type> two = *reinterpret_cast<const Two<Type>*>(at);
-            values[pair][0] = Element<D>::widen(two.low), values[pair][1] = Element<D>::widen(two.high);
-        } else {
-            if (c < p.k) values[pair][0] = Element<D>::widen(at[0]);
-            if (c + 1 < p.k) values[pair][1] = Element<D>::widen(at[1]);
-        }
-    }
     uint32_t words[Fmt::kBits] = {};
-    auto insert_pair = [&](auto index) {
-        constexpr int pair = decltype(index)::value;
-        uint32_t place[2];
+    if (fast && one_group) {
+        const float reciprocal[2] = {__frcp_rn(scale[0]), __frcp_rn(scale[1])};
+        auto insert_pair = [&](auto index) {
+            constexpr int i = decltype(index)::value, r = i % 2;
+            const float low = Element<D>::widen(pairs[i].low), high = Element<D>::widen(pairs[i].high);
+            insert<Fmt, i>(encode_pair<Fmt>(divide_fast(low, scale[r], reciprocal[r]),
+                                            divide_fast(high, scale[r], reciprocal[r])),
+                           words);
+        };
+        for_each_pair(insert_pair);
+    } else {
+        auto insert_pair = [&](auto index) {
+            constexpr int i = decltype(index)::value, r = i % 2;
+            float own[2] = {scale[r], scale[r]};
+            if (!one_group) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float s = scale[pair % 2];
-            const int c = column + pair_column(lane, pair) + half, r = rows[pair % 2];
-            if (!one_group && r < p.n && c < p.k) s = p.scales[static_cast<size_t>(r) * p.groups + c / p.group_size];
-            place[half] = encode<Fmt>(__fdiv_rn(values[pair][half], s));
-        }
-        insert<Fmt, pair>(place[0] | place[1] << 16, words);
-    };
-    for_each_pair(insert_pair);
+                for (int half = 0; half < 2; ++half) {
+                    const int c = column + pair_column(lane, i) + half;
+                    if (rows[r] < p.n && c < p.k)
+                        own[half] = p.scales[static_cast<size_t>(rows[r]) * p.groups + c / p.group_size];
+                }
+            }
+            insert<Fmt, i>(encode_pair<Fmt>(__fdiv_rn(Element<D>::widen(pairs[i].low), own[0]),
+                                            __fdiv_rn(Element<D>::widen(pairs[i].high), own[1])),
+                           words);
+        };
+        for_each_pair(insert_pair);
+    }
     store_words<Fmt::kBits>(block, lane, words);
 }
 
@@ -222,13 +282,13 @@ template <class Fmt, Dtype D>
 __global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(const __grid_constant__ QuantizeProblem p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int strip = blockIdx.x, row = strip * kBlockRows;
-    if (row + warp < p.n) find_scales<Fmt, D>(p, row + warp, lane);
-    __syncthreads();
+    const bool own_fast = row + warp < p.n ? find_scales<Fmt, D>(p, row + warp, lane) : true;
+    const bool fast = __syncthreads_and(own_fast);
     const int panels = ceil_div(p.k, kPanelColumns);
     using Pair = Two<typename Element<D>::Type>;
     const bool in_pairs = reinterpret_cast<uintptr_t>(p.w) % sizeof(Pair) == 0 && p.row_stride % 2 == 0;
     for (int panel = warp; panel < panels; panel += kQuantizeWarps)
-        encode_block<Fmt, D>(p, row, panel * kPanelColumns, lane, in_pairs,
+        encode_block<Fmt, D>(p, row, panel * kPanelColumns, lane, in_pairs, fast,
                              p.tiles + block_offset<Fmt::kBits>(strip, panel, panels));
 }
 
@@ -361,62 +421,6 @@ __global__ void __launch_bounds__(kBlockWarps * 32) pack_kernel(const __grid_con
     store_words<Fmt::kBits>(p.to + block_offset<Fmt::kBits>(strip, panel, panels), lane, words);
 }
 
-// ---- launches ----
-
-// Strips of 16 rows, those that only pad the last panel included.
-inline int strips(int n) { return ceil_div(n, kPanelRows) * kPanelBlocks; }
-
-inline dim3 block_grid(int n, int k) {
-    return dim3(ceil_div(ceil_div(k, kPanelColumns), kBlockWarps), strips(n));
-}
-
-template <class Fmt>
-cudaError_t launch_quantize(const QuantizeProblem& p, cudaStream_t stream) {
-    const int grid = strips(p.n), threads = kQuantizeWarps * 32;
-    switch (p.dtype) {
-        case Dtype::kFloat32: quantize_kernel<Fmt, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kFloat16: quantize_kernel<Fmt, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kBFloat16: quantize_kernel<Fmt, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
-    }
-    return cudaGetLastError();
-}
-
-template <class Fmt>
-cudaError_t launch_dequantize(const DequantizeProblem& p, cudaStream_t stream) {
-    const dim3 grid = block_grid(p.n, p.k);
-    const int threads = kBlockWarps * 32;
-    switch (p.dtype) {
-        case Dtype::kFloat32: dequantize_kernel<Fmt, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kFloat16: dequantize_kernel<Fmt, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kBFloat16: dequantize_kernel<Fmt, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
-    }
-    return cudaGetLastError();
-}
-
-template <class Fmt>
-cudaError_t launch_pack(const RelayoutProblem& p, cudaStream_t stream) {
-    pack_kernel<Fmt><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
-}
-
-template <class Fmt>
-cudaError_t launch_unpack(const RelayoutProblem& p, cudaStream_t stream) {
-    unpack_kernel<Fmt><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
-}
-
 }  // namespace tiles
 }  // namespace cuda
 }  // namespace ds_fp6
-
-#define DS_FP6_INSTANTIATE_TILES(E, M)                                                                               \
-    namespace ds_fp6 {                                                                                               \
-    namespace cuda {                                                                                                 \
-    namespace tiles {                                                                                                \
-    template cudaError_t launch_quantize<Format<E, M>>(const QuantizeProblem&, cudaStream_t);                        \
-    template cudaError_t launch_dequantize<Format<E, M>>(const DequantizeProblem&, cudaStream_t);                    \
-    template cudaError_t launch_pack<Format<E, M>>(const RelayoutProblem&, cudaStream_t);                            \
-    template cudaError_t launch_unpack<Format<E, M>>(const RelayoutProblem&, cudaStream_t);                          \
-    }                                                                                                                \
-    }                                                                                                                \
-    }

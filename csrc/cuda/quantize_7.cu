@@ -1,4 +1,4 @@
-#include "quantize.cuh"
+#include "quantize_launch.cuh"
 
 DS_FP6_INSTANTIATE_TILES(1, 5)
 DS_FP6_INSTANTIATE_TILES(2, 4)

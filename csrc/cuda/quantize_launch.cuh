@@ -1,0 +1,66 @@
+// Host side of quantize.cuh's kernels for one format.
+#pragma once
+
+#include "quantize.cuh"
+
+namespace ds_fp6 {
+namespace cuda {
+namespace tiles {
+
+// Strips of 16 rows, those that only pad the last panel included.
+inline int strips(int n) { return ceil_div(n, kPanelRows) * kPanelBlocks; }
+
+inline dim3 block_grid(int n, int k) {
+    return dim3(ceil_div(ceil_div(k, kPanelColumns), kBlockWarps), strips(n));
+}
+
+template <class Fmt>
+cudaError_t launch_quantize(const QuantizeProblem& p, cudaStream_t stream) {
+    const int grid = strips(p.n), threads = kQuantizeWarps * 32;
+    switch (p.dtype) {
+        case Dtype::kFloat32: quantize_kernel<Fmt, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
+        case Dtype::kFloat16: quantize_kernel<Fmt, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
+        case Dtype::kBFloat16: quantize_kernel<Fmt, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
+    }
+    return cudaGetLastError();
+}
+
+template <class Fmt>
+cudaError_t launch_dequantize(const DequantizeProblem& p, cudaStream_t stream) {
+    const dim3 grid = block_grid(p.n, p.k);
+    const int threads = kBlockWarps * 32;
+    switch (p.dtype) {
+        case Dtype::kFloat32: dequantize_kernel<Fmt, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
+        case Dtype::kFloat16: dequantize_kernel<Fmt, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
+        case Dtype::kBFloat16: dequantize_kernel<Fmt, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
+    }
+    return cudaGetLastError();
+}
+
+template <class Fmt>
+cudaError_t launch_pack(const RelayoutProblem& p, cudaStream_t stream) {
+    pack_kernel<Fmt><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <class Fmt>
+cudaError_t launch_unpack(const RelayoutProblem& p, cudaStream_t stream) {
+    unpack_kernel<Fmt><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+}  // namespace tiles
+}  // namespace cuda
+}  // namespace ds_fp6
+
+#define DS_FP6_INSTANTIATE_TILES(E, M)                                                                               \
+    namespace ds_fp6 {                                                                                               \
+    namespace cuda {                                                                                                 \
+    namespace tiles {                                                                                                \
+    template cudaError_t launch_quantize<Format<E, M>>(const QuantizeProblem&, cudaStream_t);                        \
+    template cudaError_t launch_dequantize<Format<E, M>>(const DequantizeProblem&, cudaStream_t);                    \
+    template cudaError_t launch_pack<Format<E, M>>(const RelayoutProblem&, cudaStream_t);                            \
+    template cudaError_t launch_unpack<Format<E, M>>(const RelayoutProblem&, cudaStream_t);                          \
+    }                                                                                                                \
+    }                                                                                                                \
+    }
