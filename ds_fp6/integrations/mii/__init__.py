@@ -21,15 +21,16 @@ REPAIRS = (
     Repair("failed-call", "a call that raised left requests behind that corrupted the next one"),
     Repair("async-failure", "an exception in the generation thread left every client waiting for ever"),
     Repair("ports", "a second live pipeline found ports 25555 and 29500 taken"),
+    Repair("server", "failed streams left their client waiting, failed servers their processes running"),
     Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
 )
 
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, pipeline, requests, stream
+    from ds_fp6.integrations.mii import api, pipeline, requests, server, stream
 
-    return api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS
+    return api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS + server.HOOKS
 
 
 def install() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from ds_fp6.integrations.checkpoint import check_location
 from ds_fp6.integrations.deepspeed.quantization import checked_mode, stand_alone
 from ds_fp6.integrations.patching import Hook, wrap
 
 
 def _parse_model_config(original, *args, **kwargs):
-    mode = kwargs.get("quantization_mode") or (kwargs.get("model_config") or {}).get("quantization_mode")
-    checked_mode(mode)
-    return original(*args, **kwargs)
+    """Raises ``ValueError`` for an unknown mode, ``FileNotFoundError`` for the path of no directory.
+
+    ``mii.serve`` would find out in another process, and say that its server crashed for some reason.
+    """
+    model_config, _ = result = original(*args, **kwargs)
+    checked_mode(model_config.quantization_mode)
+    check_location(model_config.model_name_or_path)
+    return result
 
 
 def _wrap_parsing() -> None:
