@@ -35,8 +35,11 @@ struct CodeReader {
         shifts = _mm512_load_si512(shift);
     }
 
-    DS_FP6_INLINE __m512i read(const uint8_t* codes, int64_t left) const {
-        const __m512i run = _mm512_maskz_loadu_epi8(first_lanes(left < size ? left : size), codes);
+    // The bytes to read of a chunk when the row has so many left.
+    DS_FP6_INLINE __mmask64 window(int64_t left) const { return first_lanes(left < size ? left : size); }
+
+    DS_FP6_INLINE __m512i read(const uint8_t* codes, __mmask64 window) const {
+        const __m512i run = _mm512_maskz_loadu_epi8(window, codes);
         return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, run));
     }
 };

@@ -55,7 +55,7 @@ struct Dequantize {
             const uint8_t* row = w.packed + n * row_bytes;
             for (int64_t c = 0; c < chunks; ++c) {
                 typename Isa::Weights weights[Isa::kVectors];
-                expander.expand(row + c * chunk_bytes, row_bytes - c * chunk_bytes, weights);
+                expander.expand(row + c * chunk_bytes, expander.window(row_bytes - c * chunk_bytes), weights);
                 for (int j = 0; j < Isa::kVectors; ++j)
                     Isa::store_sum(values + c * Isa::kChunk + j * Isa::kLanes, weights[j]);
             }

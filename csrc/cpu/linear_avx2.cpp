@@ -104,6 +104,7 @@ struct Avx2Fp32 {
             }
         }
 
+        DS_FP6_INLINE int64_t window(int64_t left) const { return left; }
         DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
             alignas(16) uint8_t last[32];
             if (__builtin_expect(left < 2 * bits + 16, 0)) {  // what a load of each half would reach
@@ -159,7 +160,7 @@ struct Avx2Fp32 {
     }
 
     static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t left,
-                            int64_t chunks, int64_t ahead, uint32_t* tile) {
+                            int64_t chunks, uint32_t* tile) {
         float* out = reinterpret_cast<float*>(tile);
         for (int v = 0; v < kTileVectors; ++v)
             for (int64_t c = 0; c < chunks; ++c) {
@@ -168,7 +169,6 @@ struct Avx2Fp32 {
                     const uint8_t* row = rows[v * 8 + r];
                     Weights weights[kVectors];
                     const uint8_t* from = row + offset + c * 4 * expander.bits;
-                    if (c % 2 == 0) __builtin_prefetch(from + ahead, 0, 2);
                     expander.expand(from, left - c * 4 * expander.bits, weights);
                     for (int j = 0; j < kVectors; ++j) eights[j][r] = weights[j];
                 }

@@ -43,8 +43,9 @@ struct VbmiFp32 : Avx512Fp32Math {
             : reader(format.bits(), CodeOrder::kFp32), natural(format.bits(), CodeOrder::kNatural), tables(format) {}
         float scale() const { return 1.0f; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
-            const __m512i read = reader.read(codes, left), zero = _mm512_setzero_si512();
+        DS_FP6_INLINE __mmask64 window(int64_t left) const { return reader.window(left); }
+        DS_FP6_INLINE void expand(const uint8_t* codes, __mmask64 window, Weights out[kVectors]) const {
+            const __m512i read = reader.read(codes, window), zero = _mm512_setzero_si512();
             const __m512i lower = tables.lower_bytes(read), upper = tables.upper_bytes(read);
             const __m512i low = _mm512_unpacklo_epi8(lower, upper), high = _mm512_unpackhi_epi8(lower, upper);
             out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, low));
@@ -54,7 +55,7 @@ struct VbmiFp32 : Avx512Fp32Math {
         }
     };
 
-    static constexpr int dot_rows(int m) { return m <= 2 ? 4 : 2; }
+    static constexpr int dot_rows(int m) { return m <= 5 ? 4 : 2; }
 
     // A pair of codes along K as two units of fp32.
     static DS_FP6_INLINE void store_pair(uint32_t* tile, int64_t pair, __m512i bf16_pairs) {
@@ -78,15 +79,16 @@ struct VbmiBf16 : Avx512Sum {
             : reader(format.bits(), CodeOrder::kBf16), natural(format.bits(), CodeOrder::kNatural), tables(format) {}
         float scale() const { return 1.0f; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
-            const __m512i read = reader.read(codes, left);
+        DS_FP6_INLINE __mmask64 window(int64_t left) const { return reader.window(left); }
+        DS_FP6_INLINE void expand(const uint8_t* codes, __mmask64 window, Weights out[kVectors]) const {
+            const __m512i read = reader.read(codes, window);
             const __m512i lower = tables.lower_bytes(read), upper = tables.upper_bytes(read);
             out[0] = _mm512_unpacklo_epi8(lower, upper);
             out[1] = _mm512_unpackhi_epi8(lower, upper);
         }
     };
 
-    static constexpr int dot_rows(int m) { return m <= 4 ? 4 : 2; }
+    static constexpr int dot_rows(int m) { return m <= 5 ? 4 : 2; }
 
     static DS_FP6_INLINE Weights load_tile(const uint32_t* tile) { return _mm512_loadu_si512(tile); }
     static DS_FP6_INLINE Weights broadcast(const uint32_t* x) { return _mm512_set1_epi32(int(*x)); }
@@ -107,19 +109,19 @@ struct VbmiBf16 : Avx512Sum {
 template <class Isa>
 struct VbmiTile : Isa {
     static void expand_tile(const typename Isa::Expander& expander, const uint8_t* const* rows, int64_t offset,
-                            int64_t left, int64_t chunks, int64_t ahead, uint32_t* tile) {
+                            int64_t left, int64_t chunks, uint32_t* tile) {
         const CodeReader reader = expander.natural;
         const auto tables = expander.tables;
         for (int v = 0; v < Isa::kTileVectors; ++v) {
             uint32_t* out = tile + v * kTileUnits * Isa::kLanes;
             for (int64_t c = 0; c < chunks; ++c) {
+                const __mmask64 window = reader.window(left - c * reader.size);
                 __m512i codes[16];
 #pragma GCC unroll 16
                 for (int r = 0; r < 16; ++r) {
                     const uint8_t* row = rows[v * 16 + r];
                     const uint8_t* from = row + offset + c * reader.size;
-                    __builtin_prefetch(from + ahead, 0, 2);
-                    codes[r] = reader.read(from, left - c * reader.size);
+                    codes[r] = reader.read(from, window);
                 }
                 __m512i quads[4][4];
                 interleave_rows(codes, quads);

@@ -69,9 +69,9 @@ struct BaseFp32 : Avx512Fp32Math {
         }
         float scale() const { return power; }
 
-        DS_FP6_INLINE void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
-            const int64_t size = 4 * bits;
-            const __m512i run = _mm512_maskz_loadu_epi8(first_lanes(left < size ? left : size), codes);
+        DS_FP6_INLINE __mmask64 window(int64_t left) const { return first_lanes(left < 4 * bits ? left : 4 * bits); }
+        DS_FP6_INLINE void expand(const uint8_t* codes, __mmask64 window, Weights out[kVectors]) const {
+            const __m512i run = _mm512_maskz_loadu_epi8(window, codes);
             __m512i lanes = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, run), bytes);
             lanes = _mm512_sllv_epi16(lanes, shifts);
             lanes = _mm512_and_si512(_mm512_sra_epi16(lanes, exponent_shift), mask);
@@ -89,17 +89,17 @@ struct BaseFp32 : Avx512Fp32Math {
     static constexpr int dot_rows(int m) { return m <= 2 ? 4 : 2; }
 
     static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t left,
-                            int64_t chunks, int64_t ahead, uint32_t* tile) {
+                            int64_t chunks, uint32_t* tile) {
         float* out = reinterpret_cast<float*>(tile);
         for (int v = 0; v < kTileVectors; ++v)
             for (int64_t c = 0; c < chunks; ++c) {
+                const __mmask64 window = expander.window(left - c * 4 * expander.bits);
                 __m512 half[2][16];
                 for (int r = 0; r < 16; ++r) {
                     const uint8_t* row = rows[v * 16 + r];
                     Weights weights[kVectors];
                     const uint8_t* from = row + offset + c * 4 * expander.bits;
-                    if (c % 2 == 0) __builtin_prefetch(from + ahead, 0, 2);
-                    expander.expand(from, left - c * 4 * expander.bits, weights);
+                    expander.expand(from, window, weights);
                     half[0][r] = weights[0];
                     half[1][r] = weights[1];
                 }

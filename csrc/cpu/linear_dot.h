@@ -5,8 +5,9 @@
 //   Weights, Sum            registers of expanded weights, of fp32 sums (Sum: kLanes floats)
 //   kVectors                Weights in a chunk; a chunk is kVectors * kLanes units of 4 bytes: one fp32 or two bf16
 //   kChunk                  codes in a chunk; a multiple of 8, so that a chunk is whole bytes at every width
-//   Expander(FormatSpec)    constants, kept in registers; expand(codes, left, Weights[kVectors]) reads a chunk,
-//                           of which the row has `left` bytes or all; the weights are its values times 1 / scale()
+//   Expander(FormatSpec)    constants, kept in registers; expand(codes, window, Weights[kVectors]) reads a
+//                           chunk, and of its bytes only those in window(bytes that the row has from there on); the
+//                           weights are its values times 1 / scale()
 //   dot_rows(rows of x)     rows of W taken together, so that one load of x serves them all
 //   multiply_add(sum, weights, const uint32_t* x), zero(), total(sum), scaled_add(sum, addend, scale)
 #pragma once
@@ -28,6 +29,7 @@ void dot_rows(const LinearProblem& p, const uint32_t* x, int64_t ldx, int64_t m0
     const int64_t row_bytes = w.row_bytes(), groups = w.groups();
     const int64_t chunk_bytes = Isa::kChunk * w.format.bits() / 8;
     const int64_t chunks = ceil_div(w.k, Isa::kChunk);
+    const auto whole = expander.window(row_bytes), last = expander.window(row_bytes - (chunks - 1) * chunk_bytes);
     const int64_t group_chunks = w.group_size ? w.group_size / Isa::kChunk : chunks;
 
     for (int64_t n = n0; n < n1; n += kRows) {
@@ -46,19 +48,23 @@ void dot_rows(const LinearProblem& p, const uint32_t* x, int64_t ldx, int64_t m0
             for (int r = 0; r < kRows; ++r)
                 for (int m = 0; m < kM; ++m) part[r][m] = Isa::zero();
             for (int64_t c = group * group_chunks; c < end; ++c) {
+                const auto window = c + 1 < chunks ? whole : last;
 #pragma GCC unroll 8
                 for (int r = 0; r < kRows; ++r) {
                     typename Isa::Weights weights[Isa::kVectors];
                     const uint8_t* codes = row[r] + c * chunk_bytes;
                     // The rows that this thread takes next lie kRows rows on.
                     __builtin_prefetch(codes + kRows * row_bytes);
-                    expander.expand(codes, row_bytes - c * chunk_bytes, weights);
+                    expander.expand(codes, window, weights);
+                    // NOTE: one opaque pointer keeps the compiler from spreading x over kM of them, and the sums, which
+                    // those would push out, in registers.
+                    const uint32_t* values = x + c * kChunkUnits;
+                    asm("" : "+r"(values));
 #pragma GCC unroll 8
                     for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 8
                         for (int j = 0; j < Isa::kVectors; ++j)
-                            part[r][m] = Isa::multiply_add(part[r][m], weights[j],
-                                                           x + m * ldx + c * kChunkUnits + j * Isa::kLanes);
+                            part[r][m] = Isa::multiply_add(part[r][m], weights[j], values + m * ldx + j * Isa::kLanes);
                     }
                 }
             }
@@ -77,8 +83,8 @@ void dot_rows(const LinearProblem& p, const uint32_t* x, int64_t ldx, int64_t m0
     }
 }
 
-// Beyond, the rows of x no longer fit in L1 beside the weights.
-constexpr int kMaxDotRows = 6;
+// Beyond, the rows of x no longer fit in L1 beside the weights, nor their sums in registers.
+constexpr int kMaxDotRows = 5;
 
 template <class Isa, int kM = kMaxDotRows>
 void dot_task(const LinearProblem& p, const LinearPlan& plan, const uint32_t* x, int64_t n0, int64_t n1) {

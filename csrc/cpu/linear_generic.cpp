@@ -30,6 +30,7 @@ struct GenericFp32 {
         explicit Expander(const FormatSpec& format) : bits(format.bits()) { format.values(table); }
         float scale() const { return 1.0f; }
 
+        int64_t window(int64_t left) const { return left; }
         void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
                 uint64_t run = 0;
             for (int b = 0; b < bits && b < left; ++b) run |= uint64_t(codes[b]) << (8 * b);
@@ -57,12 +58,11 @@ struct GenericFp32 {
     static float total(Sum sum) { return (sum[0] + sum[1]) + (sum[2] + sum[3]); }
 
     static void expand_tile(const Expander& expander, const uint8_t* const* rows, int64_t offset, int64_t left,
-                            int64_t chunks, int64_t ahead, uint32_t* tile) {
+                            int64_t chunks, uint32_t* tile) {
         for (int n = 0; n < kPanel; ++n)
             for (int64_t c = 0; c < chunks; ++c) {
                 Weights weights[kVectors];
                 const uint8_t* from = rows[n] + offset + c * expander.bits;
-                if (c % 8 == 0) __builtin_prefetch(from + ahead, 0, 2);
                 expander.expand(from, left - c * expander.bits, weights);
                 for (int i = 0; i < kChunk; ++i)
                     tile[(n / kLanes * kTileUnits + c * kChunk + i) * kLanes + n % kLanes] =

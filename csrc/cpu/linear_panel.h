@@ -6,8 +6,8 @@
 //   kUnitCodes                    codes in a unit of 4 bytes: 1 (fp32) or 2 (bf16)
 //   Weights broadcast(const uint32_t*), load_tile(const uint32_t*), multiply_add(sum, weights, weights)
 //   load_sum, store_sum (float*)
-//   expand_tile(expander, rows, offset, left, chunks, ahead, tile): chunks from byte `offset` of kTileVectors * kLanes
-//                                 rows, which have `left` bytes from there, to the tile; prefetches `ahead` of it
+//   expand_tile(expander, rows, offset, left, chunks, tile): chunks from byte `offset` of kTileVectors * kLanes
+//                                 rows, which have `left` bytes from there, to the tile
 #pragma once
 
 namespace ds_fp6 {
@@ -26,14 +26,39 @@ struct Panel {
     static constexpr int kN = Isa::kTileVectors * Isa::kLanes;  // rows of W in a tile
     static constexpr int64_t kTileCodes = kTileUnits * Isa::kUnitCodes;
 
+    // Codes that a multiplication brings to L2 on the side, a cache line for each unit: the lines of one row, then of
+    // the next. Asking for them where they are expanded would fill the miss buffers of the core and stop it there.
+    struct Fetch {
+        const uint8_t* next;
+        int64_t line = 0, lines, to_next_row, rows_left;
+
+        Fetch(const uint8_t* first, int64_t bytes, int64_t row_bytes, int64_t rows)
+            : next(first), lines(bytes / 64 + 1), to_next_row(row_bytes - (lines - 1) * 64), rows_left(rows) {}
+
+        DS_FP6_INLINE void step() {
+            __builtin_prefetch(next, 0, 2);
+            const bool row_ends = ++line == lines;
+            next += row_ends ? to_next_row : 64;
+            rows_left -= row_ends;
+            line = row_ends ? 0 : line;
+        }
+        // Once everything has been asked for, further steps stay on one line.
+        void rest() {
+            if (rows_left <= 0) lines = 1, line = 0, to_next_row = 0;
+        }
+    };
+
     // sums[kM, kN] (+)= scale[kN] * x[kM, units] . tile[kN, units]^T
     template <int kM>
     static void multiply(const uint32_t* x, int64_t ldx, const uint32_t* tile, int64_t units, const float* scale,
-                         bool first, float* sums) {
+                         bool first, float* sums, Fetch& pending) {
+        Fetch fetch = pending;
+        fetch.rest();
         typename Isa::Sum sum[kM][Isa::kTileVectors];
         for (int m = 0; m < kM; ++m)
             for (int v = 0; v < Isa::kTileVectors; ++v) sum[m][v] = Isa::zero();
         for (int64_t u = 0; u < units; ++u) {
+            fetch.step();
             typename Isa::Weights weights[Isa::kTileVectors];
             for (int v = 0; v < Isa::kTileVectors; ++v)
                 weights[v] = Isa::load_tile(tile + (v * kTileUnits + u) * Isa::kLanes);
@@ -44,6 +69,7 @@ struct Panel {
                 for (int v = 0; v < Isa::kTileVectors; ++v) sum[m][v] = Isa::multiply_add(sum[m][v], weights[v], value);
             }
         }
+        pending = fetch;
         for (int m = 0; m < kM; ++m)
             for (int v = 0; v < Isa::kTileVectors; ++v) {
                 float* to = sums + m * kN + v * Isa::kLanes;
@@ -54,9 +80,9 @@ struct Panel {
 
     template <int kM = Isa::kRegisterRows>
     static void multiply_rows(int64_t rows, const uint32_t* x, int64_t ldx, const uint32_t* tile, int64_t units,
-                              const float* scale, bool first, float* sums) {
-        if (rows == kM) return multiply<kM>(x, ldx, tile, units, scale, first, sums);
-        if constexpr (kM > 1) return multiply_rows<kM - 1>(rows, x, ldx, tile, units, scale, first, sums);
+                              const float* scale, bool first, float* sums, Fetch& fetch) {
+        if (rows == kM) return multiply<kM>(x, ldx, tile, units, scale, first, sums, fetch);
+        if constexpr (kM > 1) return multiply_rows<kM - 1>(rows, x, ldx, tile, units, scale, first, sums, fetch);
     }
 
     // tile[n, k] *= scale of (n, k), for groups that a segment of K cannot follow (fp32 tiles only).
@@ -74,7 +100,8 @@ struct Panel {
                      const uint32_t* x, int64_t n0, int64_t m0, int64_t m1) {
         const PackedMatrix& w = p.weight;
         const int64_t row_bytes = w.row_bytes(), groups = w.groups();
-        const int64_t rows = m1 - m0, blocks = ceil_div(rows, Isa::kRegisterRows);
+        const int64_t rows = m1 - m0, most = ceil_div(rows, Isa::kRegisterRows);
+        const int64_t blocks = most < 2 && rows > 1 ? 2 : most;  // one would be too short to fetch the next tile in
         uint32_t* tile = static_cast<uint32_t*>(scratch(Scratch::kTile, kTileUnits * kN * sizeof(uint32_t)));
         float* sums = static_cast<float*>(scratch(Scratch::kSums, rows * kN * sizeof(float)));
 
@@ -97,16 +124,17 @@ struct Panel {
                 for (int n = 0; n < kN; ++n) segment_scale[n] = expander.scale() * scale[n][group];
             }
             const int64_t chunks = ceil_div(k1 - k0, Isa::kChunk);
-            // While this tile is multiplied, the next one comes nearer: further along K, or kN rows on.
-            const int64_t offset = k0 * w.format.bits() / 8, chunk_bytes = Isa::kChunk * w.format.bits() / 8;
-            const int64_t ahead = k1 < w.k ? chunks * chunk_bytes : kN * row_bytes - offset;
-            Isa::expand_tile(expander, row, offset, row_bytes - offset, chunks, ahead, tile);
+            const int64_t offset = k0 * w.format.bits() / 8, bytes = chunks * Isa::kChunk * w.format.bits() / 8;
+            Isa::expand_tile(expander, row, offset, row_bytes - offset, chunks, tile);
             if (plan.scale_weights) scale_tile(w, scale, k0, k1, tile);
             const int64_t units = chunks * Isa::kChunk / Isa::kUnitCodes;
+            // While this tile is multiplied, the codes of the next come nearer: further along K, or kN rows on.
+            const uint8_t* next = row[0] + (k1 < w.k ? offset + bytes : kN * row_bytes);
+            Fetch fetch(next, bytes, row_bytes, kN);
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t first_row = rows * b / blocks, end_row = rows * (b + 1) / blocks;
                 multiply_rows(end_row - first_row, x + (m0 + first_row) * plan.ldx + k0 / Isa::kUnitCodes, plan.ldx,
-                              tile, units, segment_scale, k0 == 0, sums + first_row * kN);
+                              tile, units, segment_scale, k0 == 0, sums + first_row * kN, fetch);
             }
         }
 
