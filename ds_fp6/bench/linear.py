@@ -267,25 +267,32 @@ def _format(text: str) -> Format:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", choices=sorted(DEVICES))
-    parser.add_argument("--model", default="llama-2-7b", help=f"whose layers to take: {', '.join(models.CONFIGS)}")
+    parser.add_argument("--device", default="cpu", choices=sorted([*DEVICES, "cuda"]))
+    names = ", ".join(models.CONFIGS)
+    parser.add_argument("--model", help=f"whose layers to take (default llama-2-7b, on a GPU llama-2-70b): {names}")
+    parser.add_argument("--tp", type=int, default=1, help="take a rank's share of the model's layers")
     parser.add_argument("--shape", type=_shape, action="append", metavar="NxK", help="instead of a model's; repeatable")
-    parser.add_argument("--m", type=_integers, default=[1, 4, 16, 64, 256], help="rows of x, comma-separated")
-    parser.add_argument("--dtype", default="both", choices=[*DTYPES, "both"], help="of x; both: bf16 and fp32")
+    parser.add_argument("--m", type=_integers, help="rows of x, comma-separated")
+    parser.add_argument("--dtype", default="both", choices=[*DTYPES, "both"], help="of x; both: bf16 and fp32, on a GPU fp16")
     parser.add_argument("--format", type=_format, default=Format(3, 2), help="of the weights (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=0, help="weights that share a scale; 0: a row")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw the speed-up over M into this file (--device cuda)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 if any result is wrong."""
+    if args.device == "cuda":
+        from ds_fp6.bench import linear_cuda
+
+        return linear_cuda.run(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = DEVICES[args.device]()
     dtypes = ["bf16", "fp32"] if args.dtype == "both" else [args.dtype]
-    shapes = args.shape or models.linear_shapes(args.model)
+    shapes = args.shape or models.linear_shapes(args.model or "llama-2-7b", args.tp)
     print(f"{device.describe()}; {args.format} weights, {row_bytes(8, args.format.bits)} bits each", flush=True)
     ceiling = 0.0
     print(header(dtypes, device.baselines()), flush=True)
@@ -293,7 +300,7 @@ def run(args: argparse.Namespace) -> int:
     for shape in shapes:
         ceiling = max(ceiling, device.ceiling())
         weights = Weights(shape.n, shape.k, args.format, args.group_size, device)
-        for m in args.m:
+        for m in args.m or [1, 4, 16, 64, 256]:
             results.append(race(Case(shape.name, shape.n, shape.k, m), weights, dtypes, device))
             print(line(results[-1], dtypes, device.baselines(), ceiling), flush=True)
         del weights
