@@ -36,12 +36,14 @@ class QuantizedLinear(DSLinearBase):
 
     def __init__(self, config: DSLinearConfig, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
-        self._mode: Mode = implementation_config["mode"]
+        self.mode: Mode = implementation_config["mode"]
         activation = ActivationType(config.activation)
         self._gated = is_gated(activation)
         self._out_channels = config.out_channels * (2 if self._gated else 1)
         self._dtype: torch.dtype = config.output_dtype
         self._device = torch.device(get_accelerator().current_device())
+        #: fp32 [out, 1], set while a shard of a row-parallel weight is transformed: the scales of its full rows.
+        self.row_scales: torch.Tensor | None = None
         if self._gated:
             self._activation = CUDAGatedActivation(config.out_channels, self._dtype, activation)
         elif activation != ActivationType.IDENTITY:
@@ -59,16 +61,17 @@ class QuantizedLinear(DSLinearBase):
         expected = (self._out_channels, self._config.in_channels)
         if tuple(param.shape) != expected:
             raise ValueError(f"a weight of this layer is {list(expected)}, got {list(param.shape)}")
-        weight = PackedWeight.from_dense(param.to(self._device), self._mode)
+        scales = None if self.row_scales is None else self.row_scales.to(self._device)
+        weight = PackedWeight.from_dense(param.to(self._device), self.mode, scales)
         return InferenceParameter.initialize(weight.packed, scales=weight.scales, header=weight.header)
 
     def forward(self, hidden_states: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
         """[..., in] → [..., out]; ``w`` and ``b`` are what ``transform_param`` returned."""
-        fmt = self._mode.format
+        fmt = self.mode.format
         bias = None if b is None else b.as_subclass(torch.Tensor)
         y = ops.linear(
             hidden_states, w.as_subclass(torch.Tensor), w.scales, bias,
-            fmt.exponent_bits, fmt.mantissa_bits, self._mode.group_size,
+            fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size,
         )  # fmt: skip
         if self._gated:
             out = y.new_empty((*y.shape[:-1], self._config.out_channels))

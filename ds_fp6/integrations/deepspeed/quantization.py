@@ -7,6 +7,8 @@ import os
 import socket
 from contextvars import ContextVar
 
+import torch
+
 from ds_fp6.formats import Mode
 from ds_fp6.integrations.deepspeed import models, refusals
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
@@ -24,8 +26,6 @@ def mode_problem(mode: Mode, device: str, capability: tuple[int, int] | None = N
         return f"there are kernels for CPUs and NVIDIA GPUs only, not for {device}"
     if mode.activation == "float32":
         return "fp32 activations run on a CPU only"
-    import torch
-
     if torch.version.hip is not None:
         return "there are kernels for CPUs and NVIDIA GPUs only, not for ROCm"
     capability = capability or torch.cuda.get_device_capability()
@@ -52,8 +52,6 @@ def checked_mode(text: str | None) -> Mode | None:
 
 def stand_alone(ranks: int) -> None:
     """A process that no launcher started is its own world. DeepSpeed would ask mpi4py."""
-    import torch
-
     if ranks == 1 and "RANK" not in os.environ and not torch.distributed.is_initialized():
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -114,6 +112,38 @@ def _instantiate_linear(original, linear_config, engine_config):
     return DSLinearRegistry.instantiate_config(bundle)
 
 
+def _row_parallel(layer_name: str):
+    """A wrapper of the method that shards and transforms a weight split over its inputs.
+
+    Quantized with one scale per output channel, each rank takes the scale of the whole row, so that tensor
+    parallelism changes no code. Groups of inputs that lie within a rank's part have their own scales anyway.
+    """
+
+    def transform(original, self, param):
+        from ds_fp6.modules.linear import QuantizedLinear
+        from ds_fp6.quantize import compute_scales
+
+        layer = getattr(self, layer_name)
+        split = self.tp_size > 1 and param.dim() == 2 and isinstance(layer, QuantizedLinear)
+        if not split or layer.mode.group_size:
+            return original(self, param)
+        largest = torch.maximum(param.amax(dim=1, keepdim=True), -param.amin(dim=1, keepdim=True))
+        layer.row_scales = compute_scales(largest, layer.mode.format)
+        try:
+            return original(self, param)
+        finally:
+            layer.row_scales = None
+
+    return transform
+
+
+def _wrap_row_parallel() -> None:
+    from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSTransformerModelBase
+
+    wrap(DSTransformerModelBase, "transform_attn_out_param", _row_parallel("attn_out"))
+    wrap(DSTransformerModelBase, "transform_mlp_2_param", _row_parallel("mlp_2"))
+
+
 @functools.cache
 def _say_experts_stay(mode: str, dtype: str) -> None:
     from deepspeed.utils import logger
@@ -139,5 +169,6 @@ def _wrap_heuristics() -> None:
 
 HOOKS = (
     Hook("deepspeed.inference.v2.modules.heuristics", "quantization modes reach our linear module", _wrap_heuristics),
+    Hook("DSTransformerModelBase.transform_{attn_out,mlp_2}_param", "full rows' scales on every rank", _wrap_row_parallel),
     Hook("deepspeed.inference.v2.build_hf_engine", "modes and configs are checked first", _wrap_engine_factory),
 )
