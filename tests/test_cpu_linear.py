@@ -107,6 +107,23 @@ def test_many_rows_are_cut_into_several_tasks(isa, dtype, generator, poisoned):
     Case(E3M2, 70, 100, 0, generator).check(dtype, [1100], None)
 
 
+def test_many_columns_are_fetched_in_pieces(isa, generator, poisoned):
+    Case(E3M2, 3001, 257, 0, generator).check(torch.bfloat16, [2, 50], None)
+
+
+def test_threads_do_not_change_a_bit(isa, generator):
+    case = Case(E3M2, 500, 321, 64, generator)
+    threads = torch.get_num_threads()
+    for m in (1, 60):
+        x = torch.randn((m, 321), generator=generator).bfloat16()
+        together = case.linear(x, None)
+        torch.set_num_threads(1)
+        try:
+            assert torch.equal(case.linear(x, None), together)
+        finally:
+            torch.set_num_threads(threads)
+
+
 def test_extra_dimensions_and_strides(generator):
     case = Case(E3M2, 20, 130, 0, generator)
     x = torch.randn((2, 3, 130), generator=generator)
