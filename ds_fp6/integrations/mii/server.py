@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import subprocess
+import sys
 from types import SimpleNamespace
 
 from ds_fp6.integrations.patching import Hook, wrap
@@ -57,13 +58,20 @@ def _wait_until_live(original, self, processes, deployment):
         raise
 
 
+def _launcher(original, self, *args, **kwargs) -> str:
+    """This interpreter's own ``deepspeed``, which need not be on the PATH."""
+    name, _, arguments = original(self, *args, **kwargs).partition(" ")
+    return f"{sys.executable} -m deepspeed.launcher.runner {arguments}" if name == "deepspeed" else f"{name} {arguments}"
+
+
 def _wrap_start() -> None:
     from mii.backend.server import MIIServer
 
+    wrap(MIIServer, "_generate_ds_launch_str", _launcher)
     wrap(MIIServer, "_wait_until_server_is_live", _wait_until_live)
 
 
 HOOKS = (
     Hook("mii.grpc_related.modelresponse_server", "streams that failed left their client waiting", _wrap_streams),
-    Hook("mii.backend.server.MIIServer", "a server that did not start left processes behind", _wrap_start),
+    Hook("mii.backend.server.MIIServer", "looked for deepspeed on the PATH, left processes behind", _wrap_start),
 )
