@@ -63,7 +63,7 @@ std::atomic<const KernelSet*> selected{nullptr};
 
 std::string available_kernels() {
     std::string names;
-    for (const KernelSet* set : runnable()) names += (names.empty() ? "" : " ") + std::string(set->name);
+    for (const KernelSet* set : runnable()) names.append(names.empty() ? "" : " ").append(set->name);
     return names;
 }
 

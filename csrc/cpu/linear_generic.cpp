@@ -34,7 +34,9 @@ struct GenericFp32 {
         void expand(const uint8_t* codes, int64_t left, Weights out[kVectors]) const {
                 uint64_t run = 0;
             for (int b = 0; b < bits && b < left; ++b) run |= uint64_t(codes[b]) << (8 * b);
-            for (int i = 0; i < kChunk; ++i) out[i / kLanes][i % kLanes] = table[(run >> (i * bits)) & 0xff];
+            float values[kChunk];
+            for (int i = 0; i < kChunk; ++i) values[i] = table[(run >> (i * bits)) & 0xff];
+            for (int j = 0; j < kVectors; ++j) out[j] = load_sum(values + j * kLanes);
         }
     };
 
