@@ -100,7 +100,7 @@ def test_attention_is_softmax_over_what_a_query_may_see():
 def test_atoms_split_queries_and_are_bounded():
     batch = Batch(64, (100, 50), (0, 20))
     atoms = torch.empty(5, 8, dtype=torch.int32)
-    with pytest.raises(ValueError, match="more than the 5 attention atoms"):
+    with pytest.raises(ValueError, match="6 attention atoms, more than the 5"):
         attention.build_atoms(atoms, batch.M, batch.S, batch.P, 16, 64)
     assert attention.build_atoms(atoms, batch.M, batch.S, batch.P, 32, 64) == 3
     assert atoms[:3, 2:7].tolist() == [[0, 32, 3, 132, 100], [32, 18, 3, 150, 132], [50, 20, 1, 20, 0]]
@@ -196,9 +196,10 @@ def test_activations(dtype, biased, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_linear(rows, dtype, isa):
-    x, weight = random(rows, 100, dtype=dtype), random(33, 100, dtype=dtype, seed=1) / 10
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("width", [3, 100])
+def test_linear(width, rows, dtype, isa):
+    x, weight = random(rows, width, dtype=dtype), random(33, width, dtype=dtype, seed=1) / 10
     out = torch.empty(rows, 33, dtype=dtype)
     compiled.blas_linear(out, x, weight)
     close(out, (x.float() @ weight.float().t()).to(dtype))
@@ -222,8 +223,10 @@ WRONG = {
                     ValueError, "do not belong together"),
     "activation": (lambda o: o.ragged_activation(torch.empty(2, 8), torch.ones(2, 16), None, 9, True),
                    ValueError, "0..3, got 9"),
-    "dense": (lambda o: o.ragged_dense(torch.empty(2, 3), torch.ones(2, 8), torch.ones(3, 9)),
+    "dense": (lambda o: o.ragged_dense(torch.empty(2, 3).half(), torch.ones(2, 8).half(), torch.ones(3, 9).half()),
               ValueError, "do not belong together"),
+    "dense in fp32": (lambda o: o.ragged_dense(torch.empty(2, 3), torch.ones(2, 8), torch.ones(3, 8)),
+                      TypeError, "float16"),
     "atom": (lambda o: o.ragged_attention(
         torch.empty(2, 16), torch.ones(2, 16), torch.ones(4, 32, 1, 16), torch.ones(4, 32, 1, 16),
         torch.tensor([[0, 0, 0, 3, 1, 3, 0, 0]], dtype=torch.int32), 1.0, 0), ValueError, "queries .0, 3. of 2"),

@@ -84,10 +84,9 @@ struct ActivationProblem {
 // y[m, n] = x[m, k] . w[n, k]^T for a few rows of x.
 struct DenseProblem {
     const float* x;  // [m, k]
-    const void* w;   // [n, k] of dtype, rows w_stride elements apart
-    void* y;         // [m, n] of dtype, rows y_stride elements apart
+    const void* w;   // fp16 [n, k], rows w_stride elements apart
+    void* y;         // fp16 [m, n], rows y_stride elements apart
     int64_t m, n, k, w_stride, y_stride;
-    Dtype dtype;
 };
 
 struct RaggedKernels {

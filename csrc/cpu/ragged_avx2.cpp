@@ -24,6 +24,9 @@ namespace cpu {
 namespace {
 
 struct F16cNative {
+    static DS_FP6_INLINE Vector load_half(const uint16_t* source) {
+        return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+    }
     static void to_floats(const uint16_t* source, int64_t n, float* out) {
         int64_t i = 0;
         for (; i + 8 <= n; i += 8)

@@ -23,7 +23,17 @@ DS_FP6_TARGET_BEGIN("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefe
 namespace ds_fp6 {
 namespace cpu {
 
-extern const RaggedKernels kRaggedAvx512 = ragged_kernels<Avx512Native>();
+namespace {
+
+struct Native512 : Avx512Native {
+    static DS_FP6_INLINE Vector load_half(const uint16_t* source) {
+        return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+    }
+};
+
+}  // namespace
+
+extern const RaggedKernels kRaggedAvx512 = ragged_kernels<Native512>();
 
 }  // namespace cpu
 }  // namespace ds_fp6

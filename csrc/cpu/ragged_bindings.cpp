@@ -231,7 +231,7 @@ void ragged_activation(const Tensor& out, const Tensor& x, const std::optional<T
 
 void ragged_dense(const Tensor& out, const Tensor& x, const Tensor& w) {
     DenseProblem p{};
-    p.dtype = dtype_of("w", w);
+    TORCH_CHECK_TYPE(w.scalar_type() == at::kHalf, "w must be float16, got ", w.scalar_type());
     check_same_dtype("out", out, w);
     check_same_dtype("x", x, w);
     TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "x of ", x.sizes(), " and w of ", w.sizes(),

@@ -16,7 +16,17 @@
 namespace ds_fp6 {
 namespace cpu {
 
-extern const RaggedKernels kRaggedGeneric = ragged_kernels<PlainNative>();
+namespace {
+
+struct GenericNative : PlainNative {
+    static DS_FP6_INLINE Vector load_half(const uint16_t* source) {
+        return Vector{to_float(source[0]), to_float(source[1]), to_float(source[2]), to_float(source[3])};
+    }
+};
+
+}  // namespace
+
+extern const RaggedKernels kRaggedGeneric = ragged_kernels<GenericNative>();
 
 }  // namespace cpu
 }  // namespace ds_fp6

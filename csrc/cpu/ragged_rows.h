@@ -116,19 +116,48 @@ void activation(const ActivationProblem& p, int64_t row0, int64_t row1) {
     }
 }
 
-template <class Native>
-void dense(const DenseProblem& p, int64_t n0, int64_t n1) {
-    float* row = static_cast<float*>(scratch(Scratch::kRow, size_t(p.k) * sizeof(float)));
-    for (int64_t n = n0; n < n1; ++n) {
-        load_floats<Native>(p.w, p.dtype, n * p.w_stride, p.k, row);
-        for (int64_t m = 0; m < p.m; ++m) {
-            const float* x = p.x + m * p.k;
-            float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t k = 0; k < p.k; ++k) sum += x[k] * row[k];
-            store_floats<Native>(&sum, p.dtype, m * p.y_stride + n, 1, p.y);
+// kRows rows of w, expanded to fp32 in registers, times kColumns rows of x.
+template <class Native, int kRows, int kColumns>
+void dense_block(const DenseProblem& p, int64_t n, int64_t m) {
+    const uint16_t* w = static_cast<const uint16_t*>(p.w) + n * p.w_stride;
+    const float* x = p.x + m * p.k;
+    Vector sums[kRows][kColumns] = {};
+    int64_t k = 0;
+    for (; k + kWidth <= p.k; k += kWidth) {
+        Vector weights[kRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) weights[r] = Native::load_half(w + r * p.w_stride + k);
+#pragma GCC unroll 4
+        for (int c = 0; c < kColumns; ++c) {
+            const Vector column = load(x + c * p.k + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) sums[r][c] += weights[r] * column;
         }
     }
+    for (int r = 0; r < kRows; ++r) {
+        float rest[kWidth] = {};
+        Native::to_floats(w + r * p.w_stride + k, p.k - k, rest);
+        for (int c = 0; c < kColumns; ++c) {
+            float sum = 0.0f;
+            for (int i = 0; i < kWidth; ++i) sum += sums[r][c][i];
+            for (int64_t i = 0; i < p.k - k; ++i) sum += rest[i] * x[c * p.k + k + i];
+            Native::from_floats(&sum, 1, static_cast<uint16_t*>(p.y) + (m + c) * p.y_stride + n + r);
+        }
+    }
+}
+
+template <class Native, int kRows>
+void dense_rows(const DenseProblem& p, int64_t n) {
+    int64_t m = 0;
+    for (; m + 4 <= p.m; m += 4) dense_block<Native, kRows, 4>(p, n, m);
+    for (; m < p.m; ++m) dense_block<Native, kRows, 1>(p, n, m);
+}
+
+template <class Native>
+void dense(const DenseProblem& p, int64_t n0, int64_t n1) {
+    int64_t n = n0;
+    for (; n + 4 <= n1; n += 4) dense_rows<Native, 4>(p, n);
+    for (; n < n1; ++n) dense_rows<Native, 1>(p, n);
 }
 
 template <class Native>

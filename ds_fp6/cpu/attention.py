@@ -7,10 +7,14 @@ query in the sequence, unused. Query i of an atom sees the cache up to position 
 
 from __future__ import annotations
 
+import struct
+
 import torch
 import torch.nn.functional as F
 
 from ds_fp6.cpu.ragged_ops import block_list
+
+_ATOM = struct.Struct("=q6i")
 
 #: Queries in an atom. A GPU splits long prompts over its multiprocessors this way; threads split them better later.
 Q_BLOCK = 1 << 30
@@ -28,17 +32,18 @@ def build_atoms(
 
     Raises ``ValueError`` if they do not fit.
     """
-    count = 0
-    for s, (first, queries, seen, _) in enumerate(sequences[: int(batch[1])].tolist()):
+    n = int(batch[1])
+    packed = bytearray()
+    for (first, queries, seen, _), pointer in zip(sequences[:n].tolist(), pointers[:n].tolist()):
         for start in range(0, queries, q_block):
-            if count == len(atoms):
-                raise ValueError(f"the batch has more than the {count} attention atoms that there is room for")
-            length = min(q_block, queries - start)
-            position = seen + start
+            length, position = min(q_block, queries - start), seen + start
             extent = position + length
-            atoms[count, :2] = pointers[s : s + 1].view(torch.int32)
-            atoms[count, 2:] = torch.tensor([first + start, length, -(-extent // block), extent, position, 0])
-            count += 1
+            packed += _ATOM.pack(pointer, first + start, length, -(-extent // block), extent, position, 0)
+    count = len(packed) // _ATOM.size
+    if count > len(atoms):
+        raise ValueError(f"the batch has {count} attention atoms, more than the {len(atoms)} that there is room for")
+    if count:
+        atoms[:count] = torch.frombuffer(packed, dtype=torch.int32).view(count, -1)
     return count
 
 

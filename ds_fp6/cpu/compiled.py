@@ -16,8 +16,8 @@ _ops = torch.ops.ds_fp6
 _ACTIVATIONS = {core_ops.GELU: 0, core_ops.RELU: 1, core_ops.SILU: 2, core_ops.IDENTITY: 3}
 _GATES = {core_ops.GEGLU: 0, core_ops.REGLU: 1, core_ops.SIGLU: 2}
 
-#: Rows of x up to which streaming the weight once, row by row, beats a BLAS. fp16 has none worth the name.
-_FEW_ROWS = {torch.float16: 16}
+#: Rows of x up to which an fp16 weight is expanded in registers, rather than to fp32 for a BLAS.
+_FEW_ROWS = 16
 
 #: (rotary dimensions, theta) → cosines and sines of every position so far, fp32 [positions, rotary / 2].
 _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -32,7 +32,7 @@ def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def blas_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     weight = _plain(weight)
     x_rows = x.view(-1, x.shape[-1])
-    if len(x_rows) > _FEW_ROWS.get(weight.dtype, 0):
+    if weight.dtype != torch.float16 or len(x_rows) > _FEW_ROWS:
         return core_ops.blas_linear(out, x, weight)
     _ops.ragged_dense(out.view(-1, out.shape[-1])[:, : weight.shape[0]], x_rows, weight)
     return out
