@@ -81,6 +81,11 @@ def check_weight(weight: torch.Tensor, fmt: Format, group_size: int, scales: tor
     expected = (weight.shape[0], number_of_groups(weight.shape[1], group_size))
     if scales is not None and (scales.dtype != torch.float32 or tuple(scales.shape) != expected):
         raise ValueError(f"scales must be float32 {list(expected)}, got {scales.dtype} {list(scales.shape)}")
+    if scales is not None:
+        bad = (~(torch.isfinite(scales) & (scales > 0))).nonzero()
+        if len(bad):
+            row, group = bad[0].tolist()
+            raise ValueError(f"scales[{row}, {group}] is {scales[row, group].item()}; scales are finite and positive")
 
 
 def check_finite(weight: torch.Tensor) -> None:

@@ -129,5 +129,7 @@ def test_wrong_dtypes_shapes_and_groups_are_refused():
         quantize_reference(torch.ones(2, 2), E3M2, group_size=-1)
     with pytest.raises(ValueError, match="scales must be"):
         quantize_reference(torch.ones(2, 4), E3M2, 2, scales=torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"scales\[1, 0\] is 0.0"):
+        quantize_reference(torch.ones(2, 4), E3M2, scales=torch.tensor([[1.0], [0.0]]))
     with pytest.raises(ValueError, match="numpy"):
         quantize_reference(torch.ones(2, 4), E3M2, backend="numpy")
