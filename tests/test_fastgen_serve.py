@@ -23,8 +23,8 @@ def listening(port: int) -> bool:
 
 @pytest.fixture
 def ports() -> dict[str, int]:
-    """MII takes the port after ``port_number`` for its first replica."""
-    while listening((port := free_port()) + 1):
+    """MII takes the ports after ``port_number`` for its ranks."""
+    while listening((port := free_port()) + 1) or listening(port + 2):
         pass
     return {"port_number": port, "torch_dist_port": free_port(), "zmq_port_number": free_port()}
 
@@ -36,8 +36,9 @@ def score_files(tmp_path, monkeypatch):
 
 
 def test_server(tmp_path, ports, score_files):
+    """Of two ranks."""
     path = models.save(models.build("llama"), tmp_path / "model")
-    client = mii.serve(path, deployment_name="ds-fp6-test", quantization_mode="wf6a32", **ports)
+    client = mii.serve(path, deployment_name="ds-fp6-test", quantization_mode="wf6a32", tensor_parallel=2, **ports)
     try:
         greedy = {"max_new_tokens": 12, "do_sample": False, "ignore_eos": True}
         answers = client.generate(["def main(", "import"], **greedy)

@@ -1,8 +1,7 @@
-"""DeepSpeed's CPU accelerator, completed for inference: a legal device, a device count and the missing operators."""
+"""DeepSpeed's CPU accelerator, completed for inference: a legal device, and the operators that it lacks."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -17,13 +16,6 @@ class CPUAccelerator(CPU_Accelerator):
     def current_device(self) -> str:
         """``"cpu"``. DeepSpeed's own answer is the local rank, which torch takes for a GPU's index."""
         return "cpu"
-
-    def device_count(self) -> int:
-        """Ranks that this host may run: ``LOCAL_SIZE``, else the CPUs of this process.
-
-        DeepSpeed counts NUMA nodes instead, and so refuses tensor parallelism on most machines.
-        """
-        return int(os.environ.get("LOCAL_SIZE", 0)) or len(os.sched_getaffinity(0))
 
     def available_memory(self, device_index: int | None = None) -> int:
         return memory.available_bytes()

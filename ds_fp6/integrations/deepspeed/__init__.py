@@ -27,6 +27,7 @@ REPAIRS = (
     Repair("config-checks", "settings that the engine would ignore are refused before the checkpoint is read"),
     Repair("attention-atoms", "long prompts overran the atom buffer when max_ragged_sequence_count was small"),
     Repair("put-checks", "InferenceEngineV2.put(do_checks=True) and can_schedule raised TypeError"),
+    Repair("batch-buffers", "two puts without reading the first one's logits raced on pinned host buffers (GPU)"),
     Repair("single-process", "build_hf_engine without a launcher asked for mpi4py"),
     Repair("load-memory", "loading read whole shards, and copied the model once more into one buffer"),
     Repair("tied-embeddings", "tied embeddings loaded for qwen2 only; an untied OPT lost its LM head"),

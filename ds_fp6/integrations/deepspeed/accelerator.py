@@ -65,7 +65,7 @@ def _wrap_init_distributed() -> None:
 
 
 HOOKS = (
-    Hook("deepspeed.accelerator", "CPU: a legal device, a device count, the engine's operators", _set_accelerator),
+    Hook("deepspeed.accelerator", "CPU: a legal device, the engine's operators", _set_accelerator),
     Hook("deepspeed.ops.op_builder", "CPU: builder names are bound while DeepSpeed is imported", _rebind_builders),
     Hook("deepspeed.comm.torch.TorchBackend.all_gather_into_tensor", "gloo wants a flat output", _wrap_all_gather),
     Hook("deepspeed.comm.init_distributed", "CPU: whoever asks for nccl gets gloo", _wrap_init_distributed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -175,19 +176,26 @@ def sliding_window(config) -> int | None:
 
 
 def _repair_window(model) -> None:
-    import functools
-
     window = sliding_window(model.config)
-    if window is not None:
+    if window is None:
+        return
+    if on_cpu():
         kernel = model.attn._attn_kernel
         kernel.kernel = functools.partial(kernel.kernel, window=window)
+    elif window < model.max_sequence_length:
+        from deepspeed.utils import logger
+
+        logger.warning(
+            f"ds_fp6: this model was trained to attend to the last {window} positions; DeepSpeed's kernels attend to "
+            f"all of them, so sequences beyond {window} tokens come out differently"
+        )
 
 
 def _populate(original, self) -> None:
     _repair_norms(self.model)
+    _repair_window(self.model)
     if on_cpu():
         _repair_gelu(self.model)
-        _repair_window(self.model)
     original(self)
 
 

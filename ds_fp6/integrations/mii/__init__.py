@@ -22,7 +22,7 @@ REPAIRS = (
     Repair("async-failure", "an exception in the generation thread left every client waiting for ever"),
     Repair("ports", "a second live pipeline found ports 25555 and 29500 taken"),
     Repair("server", "failed streams left their client waiting, failed servers their processes running"),
-    Repair("launcher", "mii.serve failed where the deepspeed command is not on the PATH"),
+    Repair("launcher", "mii.serve failed without deepspeed on the PATH, and with more ranks than NUMA nodes (CPU)"),
     Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
 )
 

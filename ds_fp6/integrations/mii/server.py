@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import subprocess
 import sys
 from types import SimpleNamespace
 
+from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.patching import Hook, wrap
 
 #: Seconds that a server's process has to end by itself once it is told to.
@@ -64,14 +66,27 @@ def _launcher(original, self, *args, **kwargs) -> str:
     return f"{sys.executable} -m deepspeed.launcher.runner {arguments}" if name == "deepspeed" else f"{name} {arguments}"
 
 
+def _init(original, self, mii_config) -> None:
+    """On a CPU, DeepSpeed counts a device for each NUMA node, and refuses to run more ranks than that."""
+    model = mii_config.model_conf
+    if not on_cpu() or "LOCAL_SIZE" in os.environ:
+        return original(self, mii_config)
+    os.environ["LOCAL_SIZE"] = str(model.tensor_parallel * model.replica_num)
+    try:
+        return original(self, mii_config)
+    finally:
+        del os.environ["LOCAL_SIZE"]
+
+
 def _wrap_start() -> None:
     from mii.backend.server import MIIServer
 
+    wrap(MIIServer, "__init__", _init)
     wrap(MIIServer, "_generate_ds_launch_str", _launcher)
     wrap(MIIServer, "_wait_until_server_is_live", _wait_until_live)
 
 
 HOOKS = (
     Hook("mii.grpc_related.modelresponse_server", "streams that failed left their client waiting", _wrap_streams),
-    Hook("mii.backend.server.MIIServer", "looked for deepspeed on the PATH, left processes behind", _wrap_start),
+    Hook("mii.backend.server.MIIServer", "its launcher, its ranks, its end", _wrap_start),
 )
