@@ -67,7 +67,9 @@ struct Problem {
     int groups, group_size;
     bool bias_is_fp32;
     int tiles_m, steps;     // tiles along the tokens, steps along K of a tile
-    int units;              // steps of all tiles
+    // The line of all tiles' steps is cut into a range for each block: range_least steps, and one more for the first
+    // range_more blocks.
+    int range_least, range_more;
 };
 
 // The 16-bit types as the MMA, the epilogue and the host know them.
@@ -127,12 +129,11 @@ public:
     }
 
 private:
-    DS_FP6_DEVICE int range_begin(int block) const {
-        return static_cast<int>(static_cast<long long>(p_.units) * block / gridDim.x);
-    }
+    DS_FP6_DEVICE int range_begin(int block) const { return block * p_.range_least + min(block, p_.range_more); }
     // The block whose range holds a unit.
     DS_FP6_DEVICE int block_of(int unit) const {
-        return static_cast<int>((static_cast<long long>(unit + 1) * gridDim.x - 1) / p_.units);
+        const int in_longer = p_.range_more * (p_.range_least + 1);
+        return unit < in_longer ? unit / (p_.range_least + 1) : p_.range_more + (unit - in_longer) / p_.range_least;
     }
 
     // ---- main loop ----
@@ -144,16 +145,18 @@ private:
         if constexpr (Grouped) enter_first_group(piece, group_sums);
 
         const int steps = piece.end - piece.begin;
+        Copies copies = first_copies(piece);
 #pragma unroll
         for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
-            if (stage < steps) load_stage(piece, piece.begin + stage, stage);
+            if (stage < steps) load_stage(copies, stage);
             ptx::cp_async_commit();
         }
         int stage = 0, free_stage = Tile::kStages - 1;
+#pragma unroll 1
         for (int step = 0; step < steps; ++step) {
             ptx::cp_async_wait<Tile::kStages - 2>();
             __syncthreads();
-            if (step + Tile::kStages - 1 < steps) load_stage(piece, piece.begin + step + Tile::kStages - 1, free_stage);
+            if (step + Tile::kStages - 1 < steps) load_stage(copies, free_stage);
             ptx::cp_async_commit();
             multiply_stage(piece, piece.begin + step, stage, sums, group_sums);
             free_stage = stage;
@@ -164,37 +167,71 @@ private:
         __syncthreads();
     }
 
-    // Weights as they lie in memory: [panel along n][panel along k]. x: [panel along k][token], 16-byte chunks swizzled.
+    // ---- copies: 16-byte chunks of a stage, dealt out to the threads in turn ----
+    //
+    // Weights as they lie in memory: [panel along n][panel along k]. x: [panel along k][token], chunks swizzled.
     // What lies beyond n, m or k is filled with zeros.
-    DS_FP6_DEVICE void load_stage(const Piece& piece, int step, int stage) const {
-        const uint32_t to = ptx::shared_address(shared_) + stage * Shared::kStageBytes;
-        const int panel_k = step * Tile::kWarpsK;
-        constexpr int panel_chunks = Tiles<kBits>::kPanelBytes / 16, row_chunks = Tile::kWarpsK * panel_chunks;
-        const int chunks = min(Tile::kWarpsK, p_.panels_k - panel_k) * panel_chunks;
-        constexpr int weight_chunks = kPanels * row_chunks;
-#pragma unroll
-        for (int i = 0; i < (weight_chunks + kThreads - 1) / kThreads; ++i) {
-            const int chunk = i * kThreads + threadIdx.x;
-            if (weight_chunks % kThreads != 0 && chunk >= weight_chunks) break;
-            const int panel_n = piece.tile_n * kPanels + chunk / row_chunks, in_row = chunk % row_chunks;
-            const bool inside = panel_n < p_.panels_n && in_row < chunks;
-            const size_t from = (static_cast<size_t>(panel_n) * p_.panels_k + panel_k) * panel_chunks + in_row;
-            ptx::cp_async_16(to + chunk * 16, p_.tiles + (inside ? from * 16 : 0), inside ? 16 : 0);
-        }
 
-        constexpr int token_chunks = Tile::kColumns / 8, x_chunks = Tile::kTokens * token_chunks;
-        const int column = step * Tile::kColumns;
+    static constexpr int kPanelChunks = Tiles<kBits>::kPanelBytes / 16, kRowChunks = Tile::kWarpsK * kPanelChunks;
+    static constexpr int kWeightChunks = kPanels * kRowChunks;
+    static constexpr int kWeightCopies = (kWeightChunks + kThreads - 1) / kThreads;
+    static constexpr int kTokenChunks = Tile::kColumns / 8, kTokenStep = kThreads / kTokenChunks;
+    static constexpr int kCopiesOfX = Tile::kTokens / kTokenStep;
+    static_assert(kThreads % kTokenChunks == 0 && Tile::kTokens % kTokenStep == 0 && kTokenStep % 8 == 0,
+                  "a thread's chunks of x have one column and one place in the swizzle");
+
+    // This thread's chunks of the next stage to load.
+    struct Copies {
+        const uint8_t* weights;  // of the block
+        uint32_t weights_offset[kWeightCopies];
+        int weights_left;               // chunks of a row of panels from here to the end of k
+        int rows_left;                  // rows of panels from the first to the end of n
+        const uint16_t* x;              // of the first token; the next are kTokenStep rows on
+        int tokens_left, columns_left;  // rows and columns of x from there to its end
+        uint32_t place_of_x;            // in the stage
+    };
+
+    // A thread's i-th chunk of weights.
+    static DS_FP6_DEVICE int weight_chunk(int i) { return i * kThreads + threadIdx.x; }
+
+    DS_FP6_DEVICE Copies first_copies(const Piece& piece) const {
+        Copies c;
+        const int panel_k = piece.begin * Tile::kWarpsK, panel_n = piece.tile_n * kPanels;
+        c.weights = p_.tiles + (static_cast<size_t>(panel_n) * p_.panels_k + panel_k) * Tiles<kBits>::kPanelBytes;
 #pragma unroll
-        for (int i = 0; i < x_chunks / kThreads; ++i) {
-            const int chunk = i * kThreads + threadIdx.x;
-            const int token = chunk / token_chunks, in_token = chunk % token_chunks;
-            const int row = piece.tile_m * Tile::kTokens + token, at = column + in_token * 8;
-            const bool inside = row < p_.m && at < p_.k;
-            const uint32_t place = in_token / 8 * Shared::kPanelOfX + token * kSwizzleRow + (in_token % 8 ^ token % 8) * 16;
-            ptx::cp_async_16(to + Shared::kWeightBytes + place,
-                             p_.x + (inside ? static_cast<size_t>(row) * p_.k + at : 0), inside ? 16 : 0);
+        for (int i = 0; i < kWeightCopies; ++i) {
+            const uint32_t row = weight_chunk(i) / kRowChunks, in_row = weight_chunk(i) % kRowChunks;
+            c.weights_offset[i] = row * p_.panels_k * Tiles<kBits>::kPanelBytes + in_row * 16;
         }
-        static_assert(x_chunks % kThreads == 0, "every thread copies as much of x");
+        c.weights_left = (p_.panels_k - panel_k) * kPanelChunks;
+        c.rows_left = p_.panels_n - panel_n;
+        const int token = threadIdx.x / kTokenChunks, chunk = threadIdx.x % kTokenChunks;
+        const int row = piece.tile_m * Tile::kTokens + token, column = piece.begin * Tile::kColumns + chunk * 8;
+        c.x = p_.x + static_cast<size_t>(row) * p_.k + column;
+        c.tokens_left = p_.m - row, c.columns_left = p_.k - column;
+        c.place_of_x = Shared::kWeightBytes + chunk / 8 * Shared::kPanelOfX + token * kSwizzleRow +
+                       (chunk % 8 ^ token % 8) * 16;
+        return c;
+    }
+
+    // NOTE: a chunk of which no byte is read may have any address.
+    DS_FP6_DEVICE void load_stage(Copies& c, int stage) const {
+        const uint32_t to = ptx::shared_address(shared_) + stage * Shared::kStageBytes;
+#pragma unroll
+        for (int i = 0; i < kWeightCopies; ++i) {
+            const int row = weight_chunk(i) / kRowChunks, in_row = weight_chunk(i) % kRowChunks;
+            if (row < kPanels)
+                ptx::cp_async_16(to + weight_chunk(i) * 16, c.weights + c.weights_offset[i],
+                                 row < c.rows_left && in_row < c.weights_left ? 16 : 0);
+        }
+        c.weights += Tile::kWarpsK * Tiles<kBits>::kPanelBytes;
+        c.weights_left -= kRowChunks;
+#pragma unroll
+        for (int i = 0; i < kCopiesOfX; ++i)
+            ptx::cp_async_16(to + c.place_of_x + i * kTokenStep * kSwizzleRow,
+                             c.x + static_cast<size_t>(i * kTokenStep) * p_.k,
+                             i * kTokenStep < c.tokens_left && c.columns_left > 0 ? 16 : 0);
+        c.x += Tile::kColumns, c.columns_left -= Tile::kColumns;
     }
 
     // This warp's 32 channels x 64 columns of a stage times its tokens.
@@ -342,6 +379,7 @@ private:
         if (warp_k_ == 0) {
 #pragma unroll
             for (int i = 0; i < Tile::kSums / 4; ++i) own[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
             for (int block = first; block <= last; ++block) {
                 const float4* from = partial(block, block == first);
 #pragma unroll
@@ -409,8 +447,14 @@ private:
     float group_scale_[kWarpBlocks][2];
 };
 
+// Blocks that should fit an SM's registers: as many to hide latency with as compile without spilling.
+template <int Bits, int Tokens, bool Grouped>
+constexpr int resident() {
+    return Grouped || Tokens > 32 ? 1 : Tokens > 16 || Bits > 6 ? 2 : 3;
+}
+
 template <class Fmt, class T, class Tile, bool Grouped>
-__global__ void __launch_bounds__(kThreads) linear_sm80_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, resident<Fmt::kBits, Tile::kTokens, Grouped>()) linear_sm80_kernel(const __grid_constant__ Problem p) {
     extern __shared__ __align__(128) uint8_t shared[];
     Block<Fmt, T, Tile, Grouped>(p, shared).run();
 }

@@ -53,15 +53,16 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     p.steps = ceil_div(p.panels_k, Tile::kWarpsK);
     const long long tiles = static_cast<long long>(ceil_div(p.panels_n, kPanels)) * p.tiles_m;
     if (tiles * p.steps > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
-    p.units = static_cast<int>(tiles * p.steps);
+    const int units = static_cast<int>(tiles * p.steps);
 
     constexpr int kMostBlocks = kWorkspaceFlagBytes / sizeof(uint32_t);
     constexpr int kMostPartials = (kWorkspaceBytes - kWorkspaceFlagBytes) / (2 * Tile::kPartialBytes);
     int grid = device.sms * resident;
     grid = grid < kMostBlocks ? grid : kMostBlocks;
     grid = grid < kMostPartials ? grid : kMostPartials;
-    const int useful = useful_blocks_sm80(static_cast<int>(tiles), p.units);
+    const int useful = useful_blocks_sm80(static_cast<int>(tiles), units);
     grid = grid < useful ? grid : useful;
+    p.range_least = units / grid, p.range_more = units % grid;
     linear_sm80_kernel<Fmt, T, Tile, Grouped>
         <<<grid, kThreads, SharedLayout<Tile, Fmt::kBits>::kBytes, stream>>>(p);
     return cudaGetLastError();

@@ -84,7 +84,7 @@ void check_linear(int m, int n, int k, int group_size, int blocks, int bias_kind
     std::vector<uint16_t> x(size_t(m) * k), y(size_t(m) * n + 8, narrow<T>(kNan)), bias16(n);
     std::vector<float> scales(size_t(n) * groups), bias32(n);
     for (uint16_t& v : x) v = narrow<T>(random_normal());
-    for (float& v : scales) v = std::exp(random_normal()) / 100;
+    for (float& v : scales) v = std::exp(random_normal()) / std::fabs(value<Fmt>(Fmt::kCodes / 2 - 1));
     for (int i = 0; i < n; ++i) bias32[i] = random_normal(), bias16[i] = narrow<T>(bias32[i]);
     const std::vector<uint8_t> tiles = make_tiles<Fmt>(codes, n, k);
 
@@ -97,8 +97,9 @@ void check_linear(int m, int n, int k, int group_size, int blocks, int bias_kind
     p.groups = groups, p.group_size = group_size;
     p.tiles_m = (m + Tile::kTokens - 1) / Tile::kTokens;
     p.steps = (p.panels_k + Tile::kWarpsK - 1) / Tile::kWarpsK;
-    p.units = (p.panels_n + 1) / 2 * p.tiles_m * p.steps;
-    blocks = std::min(blocks, p.units);
+    const int units = (p.panels_n + 1) / 2 * p.tiles_m * p.steps;
+    blocks = std::min(blocks, units);
+    p.range_least = units / blocks, p.range_more = units % blocks;
     std::vector<uint32_t> arrived(blocks);
     std::vector<float4> partials(size_t(blocks) * 2 * Tile::kPartialBytes / 16, float4{kNan, kNan, kNan, kNan});
     p.arrived = arrived.data(), p.partials = partials.data();
