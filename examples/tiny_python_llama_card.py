@@ -47,26 +47,32 @@ Embedding and LM head, a third of the parameters, stay in 16 bits in every mode.
 
 ## Training
 
-`python examples/train_tiny_python_llama.py`, {phases}, on {device}, torch {torch}: {tokens:,} tokens seen of a
-corpus of {corpus_tokens:,} ({corpus_files:,} files, {corpus_bytes:,} bytes, the standard library counted three times).
+`examples/train_tiny_python_llama.py`, in {phase_count} phases:
+
+| | device | steps × windows × tokens | seconds | peak rate | loss against | weights, step by step | fp16 | wf6af16 |
+|---|---|---|---|---|---|---|---|---|
+{phases}
+
+The last columns are held-out perplexities after the phase, in windows of 1024 tokens every 512. In all, the model saw
+{tokens:,} tokens, of corpora of {corpora} tokens (the standard library counted three times).
+{teacher}
 
 **The weights know about rounding.** After the first phase, rounding to 6 bits cost {cost_before}: so small a model,
-trained on {ratio:.0f} tokens a parameter, has no bits to spare. In the second phase every second step saw weights
-rounded as `wf6af16` rounds them, the gradient going to the weights themselves; the other steps saw them as they are.
-The perplexity in fp16 was {ppl_before} before that phase. So the table shows what FP6 costs a model that was prepared
-for one scale a row, and does not carry over to models that were not; `wf6af16g128`, which rounds to another grid,
-gains less from the preparation.
+trained on {ratio:.0f} tokens a parameter, has no bits to spare. The later phases take the modes of the table's column
+in turn: a step computes its gradient at the weights as that mode rounds them and applies it to the weights themselves.
+So the perplexities above show what FP6 costs a model that was prepared for it, and do not carry over to others.
 
 ## Corpus
 
-Source installed with Python, without tests, generated files and duplicates; licence headers removed.
+Source installed with Python{where}, without tests, generated files and duplicates; licence headers removed.
 
 | licence | packages |
 |---|---|
 {packages}
 
 `held_out.txt` is Copyright © 2001 Python Software Foundation; All Rights Reserved; under the PSF License Version 2,
-which `held_out.LICENSE` holds. Changes: trailing blanks and leading comments removed, modules joined, a line naming each.
+which `held_out.LICENSE` holds. Changes: trailing blanks and
+leading comments removed, modules joined, a line naming each.
 
 ## Samples
 
@@ -74,15 +80,14 @@ Greedy, {new_tokens} tokens, fp16.
 
 {samples}
 """
-#: Held-out perplexity after the first phase, in fp16 and in wf6af16, measured with windows of 1024 tokens every 512.
-BEFORE_ROUNDING = (6.305, 6.713)
+TEACHER = "The teacher is the model after the first phase, in fp16; its predictions replace the text's next token.\n"
 NEW_TOKENS = 96
 
 
 def perplexity_row(result) -> str:
     mode = None if result.mode == "fp16" else Mode.parse(result.mode)
-    scales = f", a scale per {mode.group_size} weights" if mode and mode.group_size else ", a scale per row" if mode else ""
-    weights = f"{mode.format}, {mode.format.bits} bits{scales}" if mode else "fp16"
+    scales = f"{mode.group_size} weights" if mode and mode.group_size else "row"
+    weights = f"{mode.format}, {mode.format.bits} bits, a scale per {scales}" if mode else "fp16"
     return (
         f"| {result.mode} | {weights} | {result.perplexity:.3f} | {100 * (result.ratio - 1):+.2f} % | "
         f"{result.bits_per_byte:.4f} | {result.weight_bytes:,} |"
@@ -96,11 +101,13 @@ def package_rows(packages: dict[str, dict]) -> str:
     return "\n".join(f"| {licence} | {', '.join(names)} |" for licence, names in by_licence.items())
 
 
-def phase_text(phase: dict) -> str:
-    rounded = "rounded weights in every second step" if phase["rounded_weights"] != "no" else "plain"
+def phase_row(number: int, phase: dict) -> str:
+    held_out = phase["held_out"]
     return (
-        f"{phase['seconds']:.0f} s {rounded} ({phase['steps']:,} steps of {phase['batch']} × {phase['context']} tokens, "
-        f"peak learning rate {phase['peak_lr']})"
+        f"| {number} | {phase['device']}, torch {phase['torch']} | {phase['steps']:,} × {phase['batch']} × "
+        f"{phase['context']} | {phase['seconds']:.0f} | {phase['peak_lr']} | {phase['loss']} | "
+        f"{phase['rounding'].replace('none', 'as they are').replace(',', ', ')} | {held_out['none']:.3f} | "
+        f"{held_out['wf6af16']:.3f} |"
     )
 
 
@@ -111,15 +118,17 @@ def write_card(directory: Path, held_out: tuple[str, ...], prompts: tuple[str, .
     results = evaluate(directory, text, MODES, "transformers", report=lambda result, _: print(perplexity_row(result)))
     written = continue_greedily(directory, prompts, NEW_TOKENS)
     phases, tokens = facts["phases"], sum(phase["tokens"] for phase in facts["phases"])
-    before, rounded = BEFORE_ROUNDING
+    before, rounded = (phases[0]["held_out"][mode] for mode in ("none", "wf6af16"))
     card = CARD.format(
-        **json.loads((directory / "config.json").read_text()),
-        **{k: v for k, v in facts.items() if k not in ("packages", "phases")},
+        **json.loads((directory / "config.json").read_text()), parameters=facts["parameters"],
         megabytes=(directory / "model.safetensors").stat().st_size / 1e6, held_out_bytes=len(text.encode()),
         held_out=", ".join(f"`{name}`" for name in held_out), perplexities="\n".join(map(perplexity_row, results)),
-        phases=" and then ".join(map(phase_text, phases)), device=phases[0]["device"], torch=phases[0]["torch"],
-        tokens=tokens, ratio=tokens / facts["parameters"], ppl_before=f"{before:.3f}",
+        phase_count=len(phases), phases="\n".join(phase_row(i, phase) for i, phase in enumerate(phases, 1)),
+        tokens=tokens, ratio=phases[0]["tokens"] / facts["parameters"],
+        corpora=" and ".join(f"{n:,}" for n in dict.fromkeys(phase["corpus_tokens"] for phase in phases)),
         cost_before=f"{100 * (rounded / before - 1):.1f} % of perplexity ({before:.3f} to {rounded:.3f})",
+        teacher=TEACHER if any("teacher" in phase["loss"] for phase in phases) else "",
+        where=" on the machines that trained it" if len({phase["device"] for phase in phases}) > 1 else "",
         packages=package_rows(facts["packages"]), new_tokens=NEW_TOKENS,
         samples="\n\n".join(f"```python\n{prompt}{more}\n```" for prompt, more in zip(prompts, written, strict=True)),
     )  # fmt: skip

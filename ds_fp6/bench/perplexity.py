@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ds_fp6.formats import Mode
 
@@ -101,7 +102,7 @@ class Transformers:
     @torch.inference_mode()
     def logits(self, batch: list[Window]) -> list[torch.Tensor]:
         found = []
-        for i in range(0, len(batch), 8):
+        for i in tqdm(range(0, len(batch), 8), desc="reading windows", leave=False, disable=None):
             part = batch[i : i + 8]
             # Padding goes to the right, where causal attention never looks.
             rows = torch.nn.utils.rnn.pad_sequence([self._ids[w.begin : w.end - 1] for w in part], batch_first=True)
@@ -126,7 +127,8 @@ class FastGen:
             memory_config={"mode": "allocate", "size": SEQUENCES * (context // 64 + 2)},
         )  # fmt: skip
         self.weight_bytes = parameter_bytes(self._engine)
-        self.computes = f"FastGen, activations in {str(self._engine.model().activation_dtype.value).removeprefix('torch.')}"
+        dtype = str(self._engine.model().activation_dtype.value).removeprefix("torch.")
+        self.computes = f"FastGen, activations in {dtype}"
 
     @torch.inference_mode()
     def logits(self, batch: list[Window]) -> list[torch.Tensor]:
@@ -135,9 +137,10 @@ class FastGen:
         # The engine reuses the memory of its logits; copying them also frees its pinned batch buffers on a GPU.
         found = [[step(self._engine, {u: self._ids[w.begin : w.scored]})[0].cpu().clone()] for u, w in enumerate(batch)]
         longest = max(w.end - w.scored for w in batch)
-        for offset in range(longest - 1):
-            going = {u: self._ids[w.scored + offset, None] for u, w in enumerate(batch) if w.scored + offset + 1 < w.end}
-            for uid, logits in zip(going, step(self._engine, going).cpu().clone(), strict=True):
+        for offset in tqdm(range(longest - 1), desc="reading tokens", leave=False, disable=None):
+            going = [(u, w.scored + offset) for u, w in enumerate(batch) if w.scored + offset + 1 < w.end]
+            tokens = {u: self._ids[i, None] for u, i in going}
+            for uid, logits in zip(tokens, step(self._engine, tokens).cpu().clone(), strict=True):
                 found[uid].append(logits)
         for uid in range(len(batch)):
             self._engine.flush(uid)
@@ -191,7 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
     parser.add_argument("--text", type=Path, help="UTF-8 text to score; default MODEL/held_out.txt")
     parser.add_argument("--characters", type=int, metavar="N", help="score only the text's first N characters")
-    parser.add_argument("--modes", default=",".join(MODES), help="comma-separated; the first is compared with. Default %(default)s")
+    modes = "comma-separated; the others are compared with the first. Default %(default)s"
+    parser.add_argument("--modes", default=",".join(MODES), help=modes)
     parser.add_argument("--engine", choices=ENGINES, default="fastgen", help="default %(default)s")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window, default %(default)s")
     parser.add_argument("--stride", type=int, help="tokens between windows' starts; default half of --context")
@@ -218,8 +222,11 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Result] = []
     evaluate(args.model, text, args.modes.split(","), args.engine, args.context, stride, report)
     if args.json:
-        figures = {"model": args.model, "text": str(path), "engine": args.engine, "context": args.context, "stride": stride}
-        args.json.write_text(json.dumps(figures | {"modes": [asdict(row) for row in rows]}, indent=2) + "\n")
+        figures = {
+            "model": args.model, "text": str(path), "engine": args.engine, "context": args.context, "stride": stride,
+            "modes": [asdict(row) for row in rows],
+        }  # fmt: skip
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 
