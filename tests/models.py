@@ -22,6 +22,19 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", dict(_GQA, num_key_value_heads=4)),
     "llama_gqa": ("llama", dict(_GQA, head_dim=32)),
     "llama_tied": ("llama", dict(_GQA, tie_word_embeddings=True)),
+    "llama_rope3": (
+        "llama",
+        dict(_GQA, rope_parameters=dict(
+            rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        )),
+    ),
+    "llama_yarn": (
+        "llama",
+        dict(_GQA, rope_parameters=dict(
+            rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64,
+        )),
+    ),
     "mistral": ("mistral", dict(_GQA, sliding_window=48)),
     "opt": ("opt", dict(_SIZES, ffn_dim=100, word_embed_proj_dim=64, dropout=0.0)),
     "falcon": ("falcon", dict(_SIZES, alibi=False, multi_query=True, parallel_attn=True)),

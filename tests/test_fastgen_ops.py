@@ -108,8 +108,8 @@ def test_atoms_split_queries_and_are_bounded():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rotary_dim", [None, 16, 80])
-def test_rotary_and_cache(rotary_dim, dtype, isa):
+@pytest.mark.parametrize(("rotary_dim", "trained"), [(None, False), (16, False), (80, False), (80, True)])
+def test_rotary_and_cache(rotary_dim, trained, dtype, isa):
     heads, kv_heads, size, block_size = 6, 2, 80, 64
     batch = Batch(block_size, (0, 70), (63, 2), (300, 1))
     qkv = random(batch.tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
@@ -120,6 +120,9 @@ def test_rotary_and_cache(rotary_dim, dtype, isa):
         q, k, v = own.split([heads * size, kv_heads * size, kv_heads * size], dim=1)
         if rotary_dim is None:
             module.linear_kv_copy(cache, q, k, v, *batch.arguments)
+        elif trained:
+            frequencies = ragged_ops.inverse_frequencies(rotary_dim, 500.0)
+            module.kv_trained_rotary_embeddings(cache, q, k, v, frequencies, *batch.arguments)
         else:
             module.kv_rotary_embeddings(cache, q, k, v, rotary_dim, 10000.0, *batch.arguments)
         return own, cache

@@ -77,7 +77,7 @@ def test_missing_library_is_named(monkeypatch):
 
 REFUSED = {
     "head ratio": ("llama", {"num_key_value_heads": 3}, "4 query heads"),
-    "rope scaling": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+    "rope scaling": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "dynamic"),
     "attention bias": ("llama", {"attention_bias": True}, "attention_bias"),
     "alibi": ("falcon", {"alibi": True}, "alibi"),
     "post-norm": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
@@ -101,6 +101,8 @@ def test_config_that_the_engine_would_get_wrong(case, tmp_path):
 def test_gpu_limits_are_named():
     from ds_fp6.integrations.deepspeed import refusals
 
+    with pytest.raises(ValueError, match="'llama3': DeepSpeed's kernels"):
+        refusals.check(config_of("llama_rope3"), cpu=False, ranks=1)
     for family in ("llama", "opt"):
         refusals.check(config_of(family), cpu=True, ranks=1)
         with pytest.raises(ValueError, match=f"head size of 16.*vocabulary of {models.VOCABULARY}"):

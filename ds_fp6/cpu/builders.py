@@ -68,7 +68,7 @@ class RaggedOpsBuilder(_CPUBuilder):
         build_atoms=attention.build_atoms,
         flash_attn_by_atoms=compiled.flash_attn_by_atoms,
         kv_rotary_embeddings=compiled.kv_rotary_embeddings,
-        kv_trained_rotary_embeddings=ragged_ops.kv_trained_rotary_embeddings,
+        kv_trained_rotary_embeddings=compiled.kv_trained_rotary_embeddings,
         linear_kv_copy=compiled.linear_kv_copy,
         ragged_embed=ragged_ops.ragged_embed,
         gather_for_logits=ragged_ops.gather_for_logits,

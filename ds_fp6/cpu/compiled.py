@@ -6,6 +6,8 @@ and falls back on it for what the extension does not cover.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ds_fp6.cpu import attention, core_ops, ragged_ops
@@ -19,8 +21,9 @@ _GATES = {core_ops.GEGLU: 0, core_ops.REGLU: 1, core_ops.SIGLU: 2}
 #: Rows of x up to which an fp16 weight is expanded in registers, rather than to fp32 for a BLAS.
 _FEW_ROWS = 16
 
-#: (rotary dimensions, theta) → cosines and sines of every position so far, fp32 [positions, rotary / 2].
-_tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
+#: Frequencies → cosines and sines of every position so far, fp32 [positions, rotary / 2]. Frequencies are named by
+#: (rotary dimensions, theta) where these make them, else by their values.
+_tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 _NO_ROTATION = torch.empty((0, 0))
 
 
@@ -80,25 +83,42 @@ def post_layer_norm(
     _ops.ragged_norm(out, out, x, residual, _plain(gamma), _plain(beta), eps)
 
 
-def _table(rotary_dim: int, theta: float, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    table = _tables.get((rotary_dim, theta))
+def _table(name: tuple, frequencies, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``frequencies()``, named ``name``, times the positions up to at least ``positions``: cosines and sines."""
+    table = _tables.get(name)
     if table is None or len(table[0]) < positions:
         # The next power of two, so that a sequence that grows by a token does not make a table each time.
         count = 1 << max(positions - 1, 255).bit_length()
-        angles = torch.arange(count).float().unsqueeze(1) * ragged_ops.inverse_frequencies(rotary_dim, theta)
-        table = _tables[rotary_dim, theta] = angles.cos(), angles.sin()
+        angles = torch.arange(count).float().unsqueeze(1) * frequencies()
+        table = _tables[name] = angles.cos(), angles.sin()
     return table
+
+
+def _rotate(name: tuple, frequencies, *arguments: torch.Tensor) -> None:
+    cache, q, k, v, _batch, sequences, tokens, pointers = arguments
+    positions = 1
+    while True:
+        cos, sin = _table(name, frequencies, positions)
+        positions = _ops.ragged_rotary(cache, q, k, v, cos, sin, sequences, tokens, pointers)
+        if positions <= len(cos):
+            return
 
 
 def kv_rotary_embeddings(
     cache: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary_dim: int, theta: float,
     batch: torch.Tensor, sequences: torch.Tensor, tokens: torch.Tensor, pointers: torch.Tensor,
 ) -> None:
-    cos, sin = _table(rotary_dim, theta, 1)
-    positions = _ops.ragged_rotary(cache, q, k, v, cos, sin, sequences, tokens, pointers)
-    if positions > len(cos):
-        cos, sin = _table(rotary_dim, theta, positions)
-        _ops.ragged_rotary(cache, q, k, v, cos, sin, sequences, tokens, pointers)
+    name = (rotary_dim, theta)
+    frequencies = functools.partial(ragged_ops.inverse_frequencies, rotary_dim, theta)
+    _rotate(name, frequencies, cache, q, k, v, batch, sequences, tokens, pointers)
+
+
+def kv_trained_rotary_embeddings(
+    cache: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inv_freq: torch.Tensor,
+    batch: torch.Tensor, sequences: torch.Tensor, tokens: torch.Tensor, pointers: torch.Tensor,
+) -> None:
+    name = ("trained", *inv_freq.tolist())
+    _rotate(name, lambda: _plain(inv_freq), cache, q, k, v, batch, sequences, tokens, pointers)
 
 
 def linear_kv_copy(

@@ -20,6 +20,7 @@ REPAIRS = (
     Repair("activation-dtype", "qwen2 and qwen2-moe ran in fp16 whatever the checkpoint says"),
     Repair("norm-epsilon", "norms used epsilon 1e-5 instead of the checkpoint's"),
     Repair("rotary", "partial_rotary_factor and falcon's rope_theta were not read; CPU: fp32 frequencies throughout"),
+    Repair("rope-scaling", "linear, llama3 and yarn rotary scaling was refused (CPU)"),
     Repair("exact-gelu", "models trained with the exact GELU ran with its tanh approximation (CPU)"),
     Repair("sliding-window", "models with a sliding window attended to everything (CPU)"),
     Repair("head-dim", "head_dim in config.json was ignored"),

@@ -8,6 +8,7 @@ import math
 import torch
 
 from ds_fp6.formats import Mode
+from ds_fp6.integrations.deepspeed import rotary
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.patching import Hook, subclasses, wrap
 
@@ -73,31 +74,11 @@ def _head_size(upstream):
     return lambda self: getattr(self._config, "head_dim", None) or upstream(self)
 
 
-def partial_rotary_factor(config) -> float:
-    """The part of each head that is rotated, from wherever the installed transformers keeps it."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-
-
-def _positional_embedding_config(upstream):
-    from deepspeed.inference.v2.modules.configs import RotateHalfConfig
-
-    def positional_embedding_config(self):
-        if not hasattr(self._config, "partial_rotary_factor"):
-            self._config.partial_rotary_factor = partial_rotary_factor(self._config)
-        rotary = upstream(self)
-        if rotary is None or rotary.use_trained_freqs:
-            return rotary
-        rotated = int(self.head_size * partial_rotary_factor(self._config))
-        return RotateHalfConfig(theta_base=self.rope_theta, rotate_dim=rotated)
-
-    return positional_embedding_config
-
-
 def _replace_properties() -> None:
     _replace_property("activation_dtype", _activation_dtype)
     _replace_property("head_size", _head_size)
-    _replace_property("positional_embedding_config", _positional_embedding_config)
+    _replace_property("rope_theta", rotary.rope_theta)
+    _replace_property("positional_embedding_config", rotary.positional_embedding_config)
 
 
 def _shard_endpoints(original, dim_size, shard_rank, num_shards, granularity=32):
@@ -196,6 +177,7 @@ def _populate(original, self) -> None:
     _repair_window(self.model)
     if on_cpu():
         _repair_gelu(self.model)
+        rotary.scale_rotary(self.model)
     original(self)
 
 
@@ -206,7 +188,7 @@ def _wrap_populate() -> None:
 
 
 HOOKS = (
-    Hook("*InferenceModel.{activation_dtype,head_size,positional_embedding_config}", "ignored", _replace_properties),
+    Hook("*InferenceModel.{activation_dtype,head_size,rope_theta,...}", "ignored", _replace_properties),
     Hook("deepspeed.inference.v2.model_implementations.sharding", "refused widths, ignored head_dim", _wrap_sharding),
-    Hook("InferenceV2Policy.populate_model_parameters", "epsilon, exact GELU, sliding window", _wrap_populate),
+    Hook("InferenceV2Policy.populate_model_parameters", "epsilon, exact GELU, sliding window, scaled rotary", _wrap_populate),
 )

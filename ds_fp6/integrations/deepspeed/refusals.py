@@ -6,7 +6,7 @@ some not at all: the model then runs and computes something else.
 
 from __future__ import annotations
 
-from ds_fp6.integrations.deepspeed import models
+from ds_fp6.integrations.deepspeed import models, rotary
 
 FAMILIES = (
     "exaone4", "exaone4_5", "falcon", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen", "qwen2", "qwen2_moe",
@@ -19,7 +19,10 @@ CUDA_WIDTH, CUDA_VOCABULARY = 8, 8
 
 
 def _problems(config, cpu: bool, ranks: int) -> list[str]:
-    problems = [*_architecture_problems(config)]
+    problems = _architecture_problems(config)
+    rotary_problem = rotary.problem(config, cpu)
+    if rotary_problem:
+        problems.append(rotary_problem)
     q_heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
     if config.model_type == "falcon":
@@ -55,10 +58,6 @@ def _cuda_problems(config, ratio: int, head_size: int, ranks: int) -> list[str]:
 def _architecture_problems(config) -> list[str]:
     """Settings of a family that its model class takes no notice of."""
     problems, family = [], config.model_type
-    rope = getattr(config, "rope_parameters", None) or {}
-    scaling = rope.get("rope_type") or (getattr(config, "rope_scaling", None) or {}).get("rope_type")
-    if scaling not in (None, "default"):
-        problems.append(f"rope_type {scaling!r}: the engine computes unscaled rotary embeddings only")
     if family == "falcon":
         if getattr(config, "alibi", False):
             problems.append("alibi: the engine computes rotary embeddings only")
