@@ -37,6 +37,8 @@ def hooks() -> tuple[Hook, ...]:
 def install() -> None:
     """Hooks MII, and DeepSpeed if need be. Idempotent. Raises ``UnsupportedVersion`` for other versions."""
     global _installed
+    import mii  # noqa: F401  (its own post-import hook may come here first, so before the lock is taken)
+
     with _lock:
         if _installed:
             return
