@@ -1,4 +1,4 @@
-"""FastGen's operators on a CPU: the extension's against their twins in plain torch, and those against their definition."""
+"""FastGen's operators on a CPU: the extension's against their twins in torch, and those against their definition."""
 
 from __future__ import annotations
 
@@ -284,7 +284,8 @@ def test_experts(k, normalize):
     moe_ops.top_k_gating(counts, scores, assignments, offsets, logits, batch)
     assert assignments[0].tolist() == list(range(k)) and (assignments[-padded:] == -1).all()
     assert counts.sum() == (tokens - padded) * k
-    rows, products, out = torch.zeros(tokens * k, width), torch.zeros(tokens * k, inner), torch.full((tokens, inner), 7.0)
+    rows, products = torch.zeros(tokens * k, width), torch.zeros(tokens * k, inner)
+    out = torch.full((tokens, inner), 7.0)
     moe_ops.moe_scatter(rows, cumsum, slots, x, counts, assignments, offsets)
     assert cumsum.tolist() == counts.cumsum(0).tolist()
     moe_ops.moe_gemm(products, rows, weight, None, cumsum, core_ops.IDENTITY)

@@ -77,7 +77,7 @@ def test_missing_library_is_named(monkeypatch):
 
 REFUSED = {
     "head ratio": ("llama", {"num_key_value_heads": 3}, "4 query heads"),
-    "rope scaling": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "dynamic"),
+    "rope scaling": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4}}, "dynamic"),
     "attention bias": ("llama", {"attention_bias": True}, "attention_bias"),
     "alibi": ("falcon", {"alibi": True}, "alibi"),
     "post-norm": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),

@@ -30,7 +30,8 @@ void gather_rows(const CacheView& cache, Dtype dtype, const Atom& atom, int64_t 
 void prefetch_rows(const CacheView& cache, Dtype dtype, const Atom& atom, int64_t head, int64_t p0, int64_t n) {
     const int64_t bytes = element_size(dtype), line = 64;
     const int64_t base = atom.blocks[p0 / cache.block_size] * cache.block_stride + head * cache.head_stride;
-    const char* from = static_cast<const char*>(cache.data) + (base + p0 % cache.block_size * cache.token_stride) * bytes;
+    const int64_t first = base + p0 % cache.block_size * cache.token_stride;
+    const char* from = static_cast<const char*>(cache.data) + first * bytes;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t offset = 0; offset < cache.size * bytes; offset += line)
             __builtin_prefetch(from + i * cache.token_stride * bytes + offset);

@@ -77,11 +77,13 @@ void ragged_attention(const Tensor& out, const Tensor& q, const Tensor& keys, co
     p.dtype = dtype_of("q", q);
     p.keys = cache_view("keys", keys);
     p.values = cache_view("values", values);
-    for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"out", out}, {"keys", keys}, {"values", values}})
-        check_same_dtype(name, tensor, q);
+    check_same_dtype("out", out, q);
+    check_same_dtype("keys", keys, q);
+    check_same_dtype("values", values, q);
     TORCH_CHECK_VALUE(keys.sizes() == values.sizes(), "keys are ", keys.sizes(), ", values ", values.sizes());
-    TORCH_CHECK_VALUE(q.dim() == 2 && q.size(1) % (p.keys.heads * p.keys.size) == 0, "q must be [tokens, a multiple of ",
-                      p.keys.heads, " heads of ", p.keys.size, "], got ", q.sizes());
+    TORCH_CHECK_VALUE(q.dim() == 2 && q.size(1) % (p.keys.heads * p.keys.size) == 0,
+                      "q must be [tokens, a multiple of ", p.keys.heads, " heads of ", p.keys.size, "], got ",
+                      q.sizes());
     TORCH_CHECK_VALUE(window >= 0, "window must be 0 (everything) or positive, got ", window);
     p.q_stride = row_stride("q", q, q.size(0), q.size(1));
     check_contiguous("out", out, q.sizes());
@@ -127,23 +129,24 @@ void ragged_attention(const Tensor& out, const Tensor& q, const Tensor& keys, co
 // Returns the positions that cos and sin must have; where they have fewer, nothing was done.
 int64_t ragged_rotary(const Tensor& cache, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
                       const Tensor& sin, const Tensor& sequences, const Tensor& tokens, const Tensor& pointers) {
-    TORCH_CHECK_VALUE(cache.dim() == 5 && cache.size(2) == 2, "the cache must be [blocks, block_size, 2, heads, size], got ",
-                      cache.sizes());
+    TORCH_CHECK_VALUE(cache.dim() == 5 && cache.size(2) == 2,
+                      "the cache must be [blocks, block_size, 2, heads, size], got ", cache.sizes());
     RotaryProblem p{};
     p.dtype = dtype_of("q", q);
     const Tensor keys = cache.select(2, 0), values = cache.select(2, 1);
     p.keys = cache_view("keys", keys);
     p.values = cache_view("values", values);
-    for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}, {"the cache", cache}})
-        check_same_dtype(name, tensor, q);
+    check_same_dtype("k", k, q);
+    check_same_dtype("v", v, q);
+    check_same_dtype("the cache", cache, q);
     const int64_t n = tokens.numel(), size = p.keys.size, kv_width = p.keys.heads * size;
     TORCH_CHECK_VALUE(q.dim() == 2 && q.size(1) % size == 0, "q must be [tokens, heads * ", size, "], got ", q.sizes());
     p.q_stride = row_stride("q", q, n, q.size(1));
     p.k_stride = row_stride("k", k, n, kv_width);
     p.v_stride = row_stride("v", v, n, kv_width);
     TORCH_CHECK_TYPE(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat, "cos and sin must be float32");
-    TORCH_CHECK_VALUE(cos.dim() == 2 && 2 * cos.size(1) <= size, "cos must be [positions, at most ", size / 2, "], got ",
-                      cos.sizes());
+    TORCH_CHECK_VALUE(cos.dim() == 2 && 2 * cos.size(1) <= size, "cos must be [positions, at most ", size / 2,
+                      "], got ", cos.sizes());
     check_contiguous("cos", cos, cos.sizes());
     check_contiguous("sin", sin, cos.sizes());
     TORCH_CHECK_TYPE(sequences.scalar_type() == at::kInt && tokens.scalar_type() == at::kInt &&
@@ -168,7 +171,8 @@ int64_t ragged_rotary(const Tensor& cache, const Tensor& q, const Tensor& k, con
         positions = std::max<int64_t>(positions, p.sequences[4 * s + 1] + p.sequences[4 * s + 2]);
     if (p.half && positions > cos.size(0)) return positions;
     const RaggedKernels& kernel = ragged_kernels();
-    parallel(n, kGrain / (q.size(1) + 2 * kv_width) + 1, [&](int64_t begin, int64_t end) { kernel.rotary(p, begin, end); });
+    parallel(n, kGrain / (q.size(1) + 2 * kv_width) + 1,
+             [&](int64_t begin, int64_t end) { kernel.rotary(p, begin, end); });
     return positions;
 }
 
@@ -182,16 +186,15 @@ void ragged_norm(const Tensor& out, const std::optional<Tensor>& sum, const Tens
     check_contiguous("x", x, x.sizes());
     check_contiguous("out", out, x.sizes());
     check_same_dtype("out", out, x);
-    for (const auto& [name, tensor] : {std::pair<const char*, const std::optional<Tensor>&>{"sum", sum}, {"residual", residual}})
-        if (tensor.has_value()) {
-            check_contiguous(name, *tensor, x.sizes());
-            check_same_dtype(name, *tensor, x);
-        }
-    for (const Tensor* parameter : {&gamma, beta.has_value() ? &*beta : nullptr})
-        if (parameter != nullptr) {
-            check_contiguous("gamma and beta", *parameter, {p.width});
-            check_same_dtype("gamma and beta", *parameter, x);
-        }
+    const auto check_optional = [&](const char* name, const std::optional<Tensor>& tensor, at::IntArrayRef shape) {
+        if (!tensor.has_value()) return;
+        check_contiguous(name, *tensor, shape);
+        check_same_dtype(name, *tensor, x);
+    };
+    check_optional("sum", sum, x.sizes());
+    check_optional("residual", residual, x.sizes());
+    check_optional("gamma", gamma, {p.width});
+    check_optional("beta", beta, {p.width});
     p.x = x.const_data_ptr();
     p.out = out.mutable_data_ptr();
     p.sum = sum.has_value() ? sum->mutable_data_ptr() : nullptr;
@@ -200,7 +203,8 @@ void ragged_norm(const Tensor& out, const std::optional<Tensor>& sum, const Tens
     p.beta = beta.has_value() ? beta->const_data_ptr() : nullptr;
     p.epsilon = float(epsilon);
     const RaggedKernels& kernel = ragged_kernels();
-    parallel(x.numel() / p.width, kGrain / p.width + 1, [&](int64_t begin, int64_t end) { kernel.norm(p, begin, end); });
+    parallel(x.numel() / p.width, kGrain / p.width + 1,
+             [&](int64_t begin, int64_t end) { kernel.norm(p, begin, end); });
 }
 
 void ragged_activation(const Tensor& out, const Tensor& x, const std::optional<Tensor>& bias, int64_t activation,
@@ -234,8 +238,8 @@ void ragged_dense(const Tensor& out, const Tensor& x, const Tensor& w) {
     TORCH_CHECK_TYPE(w.scalar_type() == at::kHalf, "w must be float16, got ", w.scalar_type());
     check_same_dtype("out", out, w);
     check_same_dtype("x", x, w);
-    TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "x of ", x.sizes(), " and w of ", w.sizes(),
-                      " do not belong together");
+    TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "x of ", x.sizes(), " and w of ",
+                      w.sizes(), " do not belong together");
     p.m = x.size(0);
     p.n = w.size(0);
     p.k = x.size(1);
@@ -252,8 +256,8 @@ void ragged_dense(const Tensor& out, const Tensor& x, const Tensor& w) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ds_fp6, m) {
-    m.def("ragged_attention(Tensor(a!) out, Tensor q, Tensor keys, Tensor values, Tensor atoms, float scale, int window) "
-          "-> ()");
+    m.def("ragged_attention(Tensor(a!) out, Tensor q, Tensor keys, Tensor values, Tensor atoms, float scale, "
+          "int window) -> ()");
     m.def("ragged_rotary(Tensor(a!) cache, Tensor(b!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor sequences, "
           "Tensor tokens, Tensor pointers) -> int");
     m.def("ragged_norm(Tensor(a!) out, Tensor(b!)? sum, Tensor x, Tensor? residual, Tensor gamma, Tensor? beta, "

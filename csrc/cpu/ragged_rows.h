@@ -33,8 +33,8 @@ void rotary(const RotaryProblem& p, int64_t token0, int64_t token1) {
         const int64_t block = blocks[position / block_size], token = position % block_size;
         const float *cos = p.cos + position * p.half, *sin = p.sin + position * p.half;
         if (p.half)
-            rotate_heads<Native>(p.q, t * p.q_stride, p.q, t * p.q_stride, size, p.heads, size, p.dtype, cos, sin, p.half,
-                                 row);
+            rotate_heads<Native>(p.q, t * p.q_stride, p.q, t * p.q_stride, size, p.heads, size, p.dtype, cos, sin,
+                                 p.half, row);
         rotate_heads<Native>(p.k, t * p.k_stride, p.keys.data,
                              block * p.keys.block_stride + token * p.keys.token_stride, p.keys.head_stride, kv_heads,
                              size, p.dtype, cos, sin, p.half, row);

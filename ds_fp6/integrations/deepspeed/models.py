@@ -188,7 +188,7 @@ def _wrap_populate() -> None:
 
 
 HOOKS = (
-    Hook("*InferenceModel.{activation_dtype,head_size,rope_theta,...}", "ignored", _replace_properties),
+    Hook("*InferenceModel.{activation_dtype,head_size,rope_theta,...}", "ignored settings", _replace_properties),
     Hook("deepspeed.inference.v2.model_implementations.sharding", "refused widths, ignored head_dim", _wrap_sharding),
-    Hook("InferenceV2Policy.populate_model_parameters", "epsilon, exact GELU, sliding window, scaled rotary", _wrap_populate),
+    Hook("InferenceV2Policy.populate_model_parameters", "epsilon, GELU, sliding window, scaled rotary", _wrap_populate),
 )

@@ -169,6 +169,6 @@ def _wrap_heuristics() -> None:
 
 HOOKS = (
     Hook("deepspeed.inference.v2.modules.heuristics", "quantization modes reach our linear module", _wrap_heuristics),
-    Hook("DSTransformerModelBase.transform_{attn_out,mlp_2}_param", "full rows' scales on every rank", _wrap_row_parallel),
+    Hook("DSTransformerModelBase.transform_{attn_out,mlp_2}_param", "full rows' scales", _wrap_row_parallel),
     Hook("deepspeed.inference.v2.build_hf_engine", "modes and configs are checked first", _wrap_engine_factory),
 )

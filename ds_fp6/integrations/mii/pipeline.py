@@ -72,7 +72,7 @@ def _init(original, self, inference_engine, tokenizer, model_config) -> None:
     weakref.finalize(self, _close, self.socket, self._zmq_context)
     capacity = kv_capacity(inference_engine)
     if capacity < self.max_length:
-        logger.warning(f"ds_fp6: the KV cache holds {capacity} tokens, so sequences end there, not at {self.max_length}")
+        logger.warning(f"ds_fp6: the KV cache holds {capacity} tokens: sequences end there, not at {self.max_length}")
         self.max_length = capacity
 
 

@@ -63,7 +63,8 @@ def _wait_until_live(original, self, processes, deployment):
 def _launcher(original, self, *args, **kwargs) -> str:
     """This interpreter's own ``deepspeed``, which need not be on the PATH."""
     name, _, arguments = original(self, *args, **kwargs).partition(" ")
-    return f"{sys.executable} -m deepspeed.launcher.runner {arguments}" if name == "deepspeed" else f"{name} {arguments}"
+    own = f"{sys.executable} -m deepspeed.launcher.runner"
+    return f"{own if name == 'deepspeed' else name} {arguments}"
 
 
 def _init(original, self, mii_config) -> None:
