@@ -17,6 +17,7 @@ The shipped model then imitated its first phase on a CPU, for the same text woul
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -36,7 +37,7 @@ from ds_fp6.quantize import dequantize_reference, quantize_reference
 END_OF_TEXT = "<|endoftext|>"
 #: A newline takes the indentation after it along; words take one space, dot or underscore before them.
 PRETOKEN = r"\s*\n *|[ ._]?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s+"
-PROMPTS = ("def main(", "class Stack:\n    def __init__(self", "import os\n\ndef read_lines(path):\n")
+PROMPTS = ("def main(", "class Stack:\n    def __init__(self", "import os\n\ndef read_lines(path):")
 
 
 def train_tokenizer(documents: list[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
@@ -237,8 +238,7 @@ def save(
     print(facts["phases"][-1], flush=True)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
-    model.config.dtype = torch.float16
-    model.save_pretrained(output, state_dict={k: v.to(torch.float16) for k, v in model.state_dict().items()})
+    copy.deepcopy(model).to(torch.float16).save_pretrained(output)
     GenerationConfig(bos_token_id=0, eos_token_id=0).save_pretrained(output)
     (output / "held_out.txt").write_text(held_out, encoding="utf-8")
     (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n")

