@@ -38,7 +38,9 @@ DS_FP6_INSTANTIATE_TILES(3, 2)
 """
 
 #: Registers a thread may have at most, by kernel: what lets as many blocks share an SM as its tile counts on.
-LINEAR_REGISTERS = {(16, False): 80, (32, False): 128, (64, False): 200, (128, False): 200, (16, True): 128, (64, True): 240}
+LINEAR_REGISTERS = {
+    (16, False): 80, (32, False): 128, (64, False): 200, (128, False): 200, (16, True): 128, (64, True): 240
+}
 OTHER_REGISTERS = {"quantize_kernel": 64, "dequantize_kernel": 64, "unpack_kernel": 64, "pack_kernel": 64}
 
 

@@ -9,94 +9,11 @@
 // deterministic, and no block waits for another.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "dequant.cuh"
-#include "ptx.cuh"
+#include "linear_sm80_tile.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
 namespace sm80 {
-
-constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kWarpsN = 4;
-constexpr int kWarpRows = 32, kWarpBlocks = kWarpRows / kBlockRows;  // channels of a warp
-constexpr int kChannels = kWarpsN * kWarpRows, kPanels = kChannels / kPanelRows;
-constexpr int kSwizzleRow = kPanelColumns * 2;  // bytes of a token in a panel of x
-
-// Tokens        of a block; kWarpTokens of a warp
-// WarpsK        warps that take turns along K and add up at the end; the others share out the tokens
-// Stages        stages of the ring, of WarpsK panels along K
-template <int Tokens, int WarpsK, int Stages>
-struct Tile {
-    static constexpr int kTokens = Tokens, kWarpsK = WarpsK, kStages = Stages;
-    static constexpr int kWarpsM = kWarps / kWarpsN / kWarpsK;
-    static constexpr int kWarpTokens = kTokens / kWarpsM, kFragments = kWarpTokens / 8;
-    static constexpr int kColumns = kWarpsK * kPanelColumns;
-    static constexpr int kSumThreads = kThreads / kWarpsK;        // threads that hold a tile's sums
-    static constexpr int kSums = kWarpBlocks * kFragments * 4;    // fp32 sums of each of them
-    static constexpr int kPartialBytes = kChannels * kTokens * 4;  // of a piece of a tile in the workspace
-    static_assert(kFragments % 2 == 0, "x is read 16 tokens at a time");
-};
-
-template <class Tile, int Bits>
-struct SharedLayout {
-    static constexpr int kWeightBytes = kPanels * Tile::kWarpsK * Tiles<Bits>::kPanelBytes;
-    static constexpr int kPanelOfX = Tile::kTokens * kSwizzleRow;
-    static constexpr int kStageBytes = kWeightBytes + Tile::kWarpsK * kPanelOfX;
-    static constexpr int kRingBytes = Tile::kStages * kStageBytes;
-    // After the main loop the ring is free for the sums of the other warps along K, then for y.
-    static constexpr int kPitchOfY = kChannels + 8;  // elements; + 8 spreads the tokens over the banks
-    static constexpr int kSumBytes = (Tile::kWarpsK - 1) * Tile::kPartialBytes;
-    static constexpr int kBytesOfY = Tile::kTokens * kPitchOfY * 2;
-    static constexpr int kEpilogueBytes = kSumBytes > kBytesOfY ? kSumBytes : kBytesOfY;
-    static constexpr int kBytes = kRingBytes > kEpilogueBytes ? kRingBytes : kEpilogueBytes;
-};
-
-struct Problem {
-    const uint8_t* tiles;   // [panels_n, panels_k, 512 * bits]
-    const uint16_t* x;      // [m, k] fp16 or bf16
-    const float* scales;    // [n, groups]
-    const void* bias;       // [n] fp32 or x's type, or null
-    uint16_t* y;            // [m, n] of x's type
-    uint32_t* arrived;      // [grid], 0 between launches: pieces of the cut tile that begins in that block
-    float4* partials;       // [grid][2][Tile::kSums / 4][Tile::kSumThreads]
-    int m, n, k;
-    int panels_n, panels_k;
-    int groups, group_size;
-    bool bias_is_fp32;
-    int tiles_m, steps;     // tiles along the tokens, steps along K of a tile
-    // The line of all tiles' steps is cut into a range for each block: range_least steps, and one more for the first
-    // range_more blocks.
-    int range_least, range_more;
-};
-
-// The 16-bit types as the MMA, the epilogue and the host know them.
-template <class T>
-struct Traits;
-template <>
-struct Traits<Half> {
-    static DS_FP6_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        ptx::mma_m16n8k16_f16(d, a, b0, b1);
-    }
-    static DS_FP6_DEVICE uint16_t round(float v) { return __half_as_ushort(__float2half_rn(v)); }
-    static DS_FP6_DEVICE float widen(uint16_t v) { return __half2float(__ushort_as_half(v)); }
-};
-template <>
-struct Traits<BFloat16> {
-    static DS_FP6_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        ptx::mma_m16n8k16_bf16(d, a, b0, b1);
-    }
-    static DS_FP6_DEVICE uint16_t round(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
-    static DS_FP6_DEVICE float widen(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
-};
-
-// A range of a tile's steps, [begin, end).
-struct Piece {
-    int tile_n, tile_m;
-    int begin, end;
-};
 
 template <class Fmt, class T, class Tile, bool Grouped>
 class Block {
@@ -279,7 +196,7 @@ private:
         uint32_t a[kWarpBlocks][4];
 #pragma unroll
         for (int i = 0; i < kWarpBlocks; ++i) Dequant<Fmt, T>::template fragment<Step>(words[i], a[i]);
-        // Matrices of an ldmatrix: (tokens 0 ... 7, k 0 ... 7), (0 ... 7, 8 ... 15), (8 ... 15, 0 ... 7), (8 ... 15, 8 ... 15).
+        // An ldmatrix reads tokens 0 ... 7 and then 8 ... 15, of each k 0 ... 7 and then 8 ... 15.
         const int token = warp_m_ * Tile::kWarpTokens + lane_ / 16 * 8 + lane_ % 8, chunk = 2 * Step + lane_ / 8 % 2;
         const uint32_t from = x + token * kSwizzleRow + (chunk ^ lane_ % 8) * 16;
 #pragma unroll
@@ -454,7 +371,8 @@ constexpr int resident() {
 }
 
 template <class Fmt, class T, class Tile, bool Grouped>
-__global__ void __launch_bounds__(kThreads, resident<Fmt::kBits, Tile::kTokens, Grouped>()) linear_sm80_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, resident<Fmt::kBits, Tile::kTokens, Grouped>())
+    linear_sm80_kernel(const __grid_constant__ Problem p) {
     extern __shared__ __align__(128) uint8_t shared[];
     Block<Fmt, T, Tile, Grouped>(p, shared).run();
 }

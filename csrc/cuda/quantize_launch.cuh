@@ -1,7 +1,8 @@
-// Host side of quantize.cuh's kernels for one format.
+// Host side of the kernels of quantize.cuh and relayout.cuh for one format.
 #pragma once
 
 #include "quantize.cuh"
+#include "relayout.cuh"
 
 namespace ds_fp6 {
 namespace cuda {

@@ -5,6 +5,7 @@
 
 #include "cuda/linear_sm80.cuh"
 #include "cuda/quantize.cuh"
+#include "cuda/relayout.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
