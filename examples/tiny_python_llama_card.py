@@ -45,7 +45,7 @@ Weights were quantized and dequantized, everything else was computed in fp32, in
 {perplexities}
 
 Embedding and LM head, a third of the parameters, stay in 16 bits in every mode.
-The later phases' settings were chosen, among six tries, by their figures on this text; no weight was trained on it.
+The later phases' settings were chosen, among about ten tries, by their figures on this text; no weight was trained on it.
 
 ## Training
 
