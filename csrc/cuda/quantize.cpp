@@ -134,7 +134,10 @@ Tensor pack(const Tensor& rows, int64_t exponent_bits, int64_t mantissa_bits, in
     Tensor tiles = empty_tiles(bits, n, k, rows.options());
     const RelayoutProblem p{static_cast<int>(exponent_bits), static_cast<int>(mantissa_bits),
                             dense.const_data_ptr<uint8_t>(), tiles.mutable_data_ptr<uint8_t>(), n, k};
-    C10_CUDA_CHECK(pack(p, c10::cuda::getCurrentCUDAStream()));
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    C10_CUDA_CHECK(pack(p, stream));
+    // NOTE: the sm_90 linear reads weights before it waits for the kernel that precedes it, so they must be there.
+    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
     return tiles;
 }
 
