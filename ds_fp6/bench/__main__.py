@@ -12,7 +12,6 @@ COMMANDS = {
     "linear": "the FP6 linear layer against torch's, for shapes of well-known models",
     "generate": "loading and generating with a model of any shape and random weights",
     "loading": "reading, moving and loading a checkpoint of a model's shape",
-    "loading": "what quantizing while loading adds to reading a checkpoint",
     "perplexity": "held-out perplexity of a checkpoint in each quantization mode",
 }
 
