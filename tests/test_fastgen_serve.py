@@ -24,8 +24,9 @@ def listening(port: int) -> bool:
 @pytest.fixture
 def ports() -> dict[str, int]:
     """MII takes the ports after ``port_number`` for its ranks."""
-    while listening((port := free_port()) + 1) or listening(port + 2):
-        pass
+    port = free_port()
+    while listening(port + 1) or listening(port + 2):
+        port = free_port()
     return {"port_number": port, "torch_dist_port": free_port(), "zmq_port_number": free_port()}
 
 
