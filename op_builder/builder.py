@@ -83,7 +83,10 @@ class ExtensionBuilder(deepspeed_builder.OpBuilder):
     def extra_ldflags(self) -> list[str]:
         # NOTE: what GCC compiles finds the OpenMP runtime that torch has loaded. Linked to one of its own, an
         # extension could start a second pool of threads.
-        return ["-fopenmp"] if "clang" in os.environ.get("CXX", "") else []
+        openmp = ["-fopenmp"] if "clang" in os.environ.get("CXX", "") else []
+        # NOTE: some compilers link the C++ library statically. Of two copies in a process, what is unique to a process
+        # comes from one and the rest from the other: the numbers in an error message then call any function at all.
+        return [*openmp, "-Wl,--exclude-libs,libstdc++.a"]
 
     def missing(self) -> list[str]:
         """What this machine lacks to compile the extension, each with what to do about it; empty if nothing."""

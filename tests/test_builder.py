@@ -100,6 +100,30 @@ def test_a_failed_build_shows_the_compilers_words(toy):
     assert "RuntimeError: toy: the build in" in err and "no_such_name" in err
 
 
+#: What an extension's error messages do: put numbers into a string.
+FORMATTING = """
+#include <Python.h>
+#include <sstream>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "toy", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit_toy() {
+    PyObject* made = PyModule_Create(&module);
+    std::ostringstream text;
+    text << long(1234) << " and " << 2.5f;
+    PyModule_AddStringConstant(made, "NUMBER", text.str().c_str());
+    return made;
+}
+"""
+
+
+def test_numbers_are_formatted_where_the_compiler_links_the_cpp_library_statically(toy, monkeypatch):
+    (toy / "csrc" / "cpu" / "toy.cpp").write_text(FORMATTING)
+    compiler = toy / "g++"
+    compiler.write_text('#!/bin/sh\nexec c++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    number, _ = load_toy(toy)
+    assert number == "1234 and 2.5"
+
 class Toy(shared.ExtensionBuilder):
     NAME = "toy"
 

@@ -5,7 +5,13 @@
 
 #include "checks.h"
 
-TORCH_LIBRARY_FRAGMENT(ds_fp6, m) { m.def("select_cuda_kernel(str name) -> ()", ds_fp6::cuda::select_kernel); }
+TORCH_LIBRARY_FRAGMENT(ds_fp6, m) {
+    m.def("select_cuda_kernel(str name) -> ()", ds_fp6::cuda::select_kernel);
+    m.def(
+        "cuda_kernel_name(int m, int n, int k, int exponent_bits, int mantissa_bits, int group_size, Device device) "
+        "-> str",
+        ds_fp6::cuda::kernel_name);
+}
 
 TORCH_LIBRARY_IMPL(ds_fp6, CUDA, m) {
     m.impl("quantize", ds_fp6::cuda::quantize);

@@ -28,6 +28,10 @@ at::Tensor unpack(const at::Tensor& tiles, int64_t exponent_bits, int64_t mantis
 // Makes `linear` take one kernel always: "sm90", "sm80", "dequantize" or "reference"; empty for the best.
 void select_kernel(const std::string& name);
 
+// The name of the kernel that `linear` takes on `device` for x [m, k] and weights [n, k].
+std::string kernel_name(int64_t m, int64_t n, int64_t k, int64_t exponent_bits, int64_t mantissa_bits,
+                        int64_t group_size, at::Device device);
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // bits of the format.

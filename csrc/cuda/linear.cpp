@@ -101,6 +101,19 @@ void select_kernel(const std::string& name) {
     forced_kernel = static_cast<int>(found - kKernelNames.begin());
 }
 
+std::string kernel_name(int64_t m, int64_t n, int64_t k, int64_t exponent_bits, int64_t mantissa_bits,
+                        int64_t group_size, at::Device device) {
+    check_format(exponent_bits, mantissa_bits);
+    TORCH_CHECK_VALUE(device.is_cuda(), "a CUDA kernel runs on a CUDA device, not on ", device);
+    const int64_t groups = check_groups(group_size, check_size("K", k));
+    LinearProblem p{};
+    p.exponent_bits = static_cast<int>(exponent_bits), p.mantissa_bits = static_cast<int>(mantissa_bits);
+    p.groups = static_cast<int>(groups), p.group_size = groups == 1 ? 0 : static_cast<int>(group_size);
+    p.m = check_size("M", m), p.n = check_size("N", n), p.k = static_cast<int>(k);
+    const int index = device.has_index() ? device.index() : c10::cuda::current_device();
+    return kKernelNames[static_cast<size_t>(kernel_for(p, device_of(index)))];
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
               int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size) {
     const int bits = check_format(exponent_bits, mantissa_bits);

@@ -171,7 +171,8 @@ class Weights:
         )[chosen].double()
         expected, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
         actual = self.quantized(x, 0)[:, chosen].double()
-        allowed = SUM_TOLERANCE * magnitude + torch.finfo(x.dtype).eps / 2 * expected.abs()
+        info = torch.finfo(x.dtype)
+        allowed = SUM_TOLERANCE * magnitude + info.eps / 2 * expected.abs().clamp(min=info.smallest_normal)
         wrong = (~((actual - expected).abs() <= allowed)).nonzero().tolist()
         return [
             f"{what}: y[{m}, {int(chosen[j])}] is {actual[m, j].item():.9g}, fp64 gives {expected[m, j].item():.9g}, "
