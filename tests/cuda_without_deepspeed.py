@@ -55,6 +55,7 @@ def build(key: str) -> None:
         [str(ROOT / source) for source in sources(key)],
         extra_cflags=["-O3", "-fopenmp", "-fvisibility=hidden"],
         extra_cuda_cflags=flags,
+        extra_ldflags=["-Wl,--exclude-libs,libstdc++.a"],  # as op_builder/builder.py says
         extra_include_paths=[str(ROOT / "csrc")],
         build_directory=str(directory),
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 #: Name of a command, and of its module; only the one that runs is imported.
 COMMANDS = {
     "linear": "the FP6 linear layer against torch's, for shapes of well-known models",
+    "quantize": "quantization to packed codes, for shapes of well-known models",
     "generate": "loading and generating with a model of any shape and random weights",
     "loading": "reading, moving and loading a checkpoint of a model's shape",
     "perplexity": "held-out perplexity of a checkpoint in each quantization mode",

@@ -1,0 +1,55 @@
+"""A small set of every CUDA kernel's work, for compute-sanitizer, under which the tests would take hours:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/cuda_sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/cuda_sanitize.py
+
+Without torch's cache of memory each tensor is an allocation of its own, whose ends the sanitizer watches.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+
+from cuda_cases import Expected, RandomWeight, random_x  # noqa: E402
+from ds_fp6 import ops  # noqa: E402
+from ds_fp6.formats import E2M2, E2M3, E3M2, Format  # noqa: E402
+
+CASES = [(E3M2, torch.float16), (E3M2, torch.bfloat16), (E2M2, torch.float16), (E2M3, torch.bfloat16), (Format(5, 2), torch.float16)]
+#: N, K, group size.
+WEIGHTS = [(1, 1, 0), (65, 127, 0), (200, 1096, 0), (330, 2056, 0), (130, 640, 64), (129, 200, 16)]
+#: Each tile of both kernels, and two tiles of the widest.
+TOKENS = [1, 13, 30, 50, 100, 150]
+
+
+def main() -> int:
+    ops.load("CUDA")
+    generator = torch.Generator().manual_seed(0)
+    checked = 0
+    for fmt, dtype in CASES:
+        bits = fmt.exponent_bits, fmt.mantissa_bits
+        for n, k, group_size in WEIGHTS:
+            weight = RandomWeight(fmt, n, k, group_size, generator)
+            x = random_x(max(TOKENS), k, dtype, generator)
+            bias = torch.randn(n, generator=generator).to(dtype).cuda()
+            expected = Expected(x, weight, bias)
+            for kernel in ("", "sm80") if group_size in (0, 16, 64) else ("",):
+                torch.ops.ds_fp6.select_cuda_kernel(kernel)
+                for m in TOKENS:
+                    expected.check(weight.linear(x[:m], bias), f"{fmt} {dtype} {m} x {n} x {k} {kernel}", m)
+                    checked += 1
+            torch.ops.ds_fp6.select_cuda_kernel("")
+            packed, scales = ops.quantize(weight.values.to(dtype), *bits, group_size)
+            ops.dequantize(packed, scales, *bits, group_size, k, dtype)
+            assert torch.equal(ops.unpack(weight.tiles, *bits, n, k), weight.rows)
+    torch.cuda.synchronize()
+    print(f"{checked} products agree with fp64")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
