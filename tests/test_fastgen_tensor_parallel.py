@@ -1,18 +1,25 @@
-"""Two ranks over gloo against one: the same tokens, weights quantized or not."""
+"""Several ranks over gloo against one: the same tokens and the same codes, by torchrun and the deepspeed launcher."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import models
+import psutil
 import pytest
+import tensor_parallel_rank
 import torch
 
+from ds_fp6.integrations.pipeline import generate as generate_text
+from ds_fp6.integrations.pipeline import open_pipeline
+
 TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
 MODES = (None, "wf6a32", "wf5a32g4")
 PROMPT_LENGTHS = (7, 100, 200)
 NEW_TOKENS = 16
@@ -34,17 +41,121 @@ def generate(path: str, mode: str | None) -> list[str]:
     return [response.generated_text for response in responses]
 
 
+def rank_environment() -> dict[str, str]:
+    """For a launcher: a pipeline in this process has made it a rank of its own."""
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return environment
+
+
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
 def test_two_ranks_generate_what_one_does(family, tmp_path):
     path = models.save(models.build(family), tmp_path / "model")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     result = tmp_path / "result.json"
-    subprocess.run([*ranks, path, str(result)], check=True, env=environment, timeout=200)
+    subprocess.run([*ranks, path, str(result)], check=True, env=rank_environment(), timeout=200)
     expected = {str(mode): generate(path, mode) for mode in MODES}
     assert json.loads(result.read_text()) == expected
+
+
+#: Nothing of this model is a multiple of 4 but the layers that the engine does not split.
+ODD = dict(
+    hidden_size=54, head_dim=10, num_attention_heads=6, num_key_value_heads=6, intermediate_size=75, num_hidden_layers=1
+)
+
+
+def launch(*command: str, ranks: int, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Runs a script through the deepspeed launcher, which must end in a minute."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port"]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        launcher.append(str(probe.getsockname()[1]))
+    return subprocess.run(
+        [*launcher, *command], env={**rank_environment(), **(environment or {})}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+def gathered(ranks: list[dict[str, torch.Tensor]], name: str, heads: int) -> torch.Tensor:
+    """The full weight of which each rank holds a part."""
+    parts = [rank[name] for rank in ranks]
+    if ".qkv_w." in name:
+        thirds = [part.chunk(3) for part in parts]
+        return torch.cat([third[i] for i in range(3) for third in thirds])
+    if any(split in name for split in ("attn_out_w", "mlp_2")):
+        if name.endswith(".scales"):
+            assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between ranks"
+            return parts[0]
+        return torch.cat(parts, dim=1)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_launcher_changes_neither_text_nor_codes(ranks, tmp_path):
+    path = models.save(models.build("llama", **ODD), tmp_path / "model")
+    done = launch(str(TESTS / "tensor_parallel_rank.py"), path, "wf6a32", str(tmp_path), ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    texts, weights = tensor_parallel_rank.generate(path, "wf6a32", 1)
+    assert found[0]["texts"] == texts
+    assert len(weights) == 8
+    for name, full in weights.items():
+        whole = gathered([rank["weights"] for rank in found], name, ODD["num_attention_heads"])
+        assert torch.equal(whole, full), f"{name} of {ranks} ranks differs from one rank's"
+
+    y, layers = tensor_parallel_rank.two_layers("wf6a32", 0, 1, lambda _: None)
+    for name, full in layers.items():
+        assert torch.equal(gathered([rank["layers"] for rank in found], name, 0), full), name
+    for rank in found:
+        torch.testing.assert_close(rank["y"], y, rtol=1e-5, atol=1e-4)
+
+
+def test_example_through_the_launcher():
+    model = EXAMPLES / "tiny-python-llama"
+    prompts = ["def main(", "import os\n"]
+    options = ["--quantization-mode", "wf6a32", "--max-new-tokens", "16"]
+    done = launch(str(EXAMPLES / "tensor_parallel.py"), *options, *prompts, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pipeline = open_pipeline(model, "wf6a32")
+    responses = generate_text(pipeline, prompts, max_new_tokens=16, do_sample=False, ignore_eos=True).responses
+    pipeline.destroy()
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert done.stdout.count(f"{prompt}{response.generated_text}\n\n") == 1  # by one rank only
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["--tensor-parallel", "3"], "tensor_parallel is 3, but the launcher started 2 ranks"),
+        (["--model", "{odd}"], "5 key/value heads cannot be split over 2 ranks"),
+    ],
+    ids=["ranks", "heads"],
+)
+def test_a_wrong_degree_is_refused_by_every_rank(options, problem, tmp_path):
+    heads = dict(ODD, hidden_size=55, num_attention_heads=5, num_key_value_heads=5)
+    odd = models.save(models.build("llama", **heads), tmp_path / "odd")
+    options = [option.format(odd=odd) for option in options]
+    marked = {"DS_FP6_TEST_MARK": str(tmp_path)}
+    done = launch(str(EXAMPLES / "tensor_parallel.py"), *options, ranks=2, environment=marked)
+    assert done.returncode != 0
+    assert problem in done.stderr
+    assert not [p.pid for p in psutil.process_iter() if marked.items() <= environment_of(p).items()]
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def test_more_than_one_rank_needs_a_launcher(monkeypatch):
+    import mii
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        mii.pipeline(str(EXAMPLES / "tiny-python-llama"), tensor_parallel=2)
 
 
 if __name__ == "__main__":

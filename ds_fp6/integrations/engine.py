@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,22 +12,7 @@ from deepspeed.inference.v2.config_v2 import RaggedInferenceEngineConfig
 from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 
 from ds_fp6.integrations import deepspeed as deepspeed_hooks
-from ds_fp6.integrations.dummy import DummyCheckpointEngine
-
-LOAD_FORMATS = ("auto", "dummy")
-
-
-@contextlib.contextmanager
-def _checkpoint_engine(load_format: str) -> Iterator[None]:
-    if load_format not in LOAD_FORMATS:
-        raise ValueError(f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {load_format!r}")
-    usual = engine_factory.HuggingFaceCheckpointEngine
-    if load_format == "dummy":
-        engine_factory.HuggingFaceCheckpointEngine = DummyCheckpointEngine
-    try:
-        yield
-    finally:
-        engine_factory.HuggingFaceCheckpointEngine = usual
+from ds_fp6.integrations import load_format as formats
 
 
 def build_engine(
@@ -54,7 +38,7 @@ def build_engine(
         state_manager=state_manager,
         quantization={"quantization_mode": quantization_mode},
     )
-    with _checkpoint_engine(load_format):
+    with formats.selected(load_format):
         return engine_factory.build_hf_engine(str(model), config)
 
 

@@ -50,11 +50,11 @@ def _startup_hooks() -> tuple[Hook, ...]:
 
 
 def _engine_hooks() -> tuple[Hook, ...]:
-    from ds_fp6.integrations import checkpoint
+    from ds_fp6.integrations import checkpoint, load_format
     from ds_fp6.integrations.deepspeed import engine, kernels, models, quantization
 
     loading = Hook("deepspeed.inference.v2.checkpoint", "reads checkpoints tensor by tensor", checkpoint.install)
-    return (loading,) + engine.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
+    return (loading,) + load_format.HOOKS + engine.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
 
 
 def install() -> None:

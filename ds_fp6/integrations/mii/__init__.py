@@ -29,9 +29,9 @@ REPAIRS = (
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, pipeline, requests, server, stream
+    from ds_fp6.integrations.mii import api, load_format, pipeline, requests, server, stream
 
-    return api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS + server.HOOKS
+    return load_format.HOOKS + api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS + server.HOOKS
 
 
 def install() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 from ds_fp6.integrations.checkpoint import check_location
+from ds_fp6.integrations.deepspeed.accelerator import local_rank, on_cpu
 from ds_fp6.integrations.deepspeed.quantization import checked_mode, stand_alone
 from ds_fp6.integrations.patching import Hook, wrap
 
@@ -24,8 +29,36 @@ def _wrap_parsing() -> None:
     wrap(api, "_parse_kwargs_to_model_config", _parse_model_config)
 
 
+def _check_ranks(tensor_parallel: int) -> None:
+    """Raises ``ValueError`` in every rank of a launcher that started more or fewer than ``tensor_parallel`` ranks, or
+    more than there are devices. MII would wait for the missing ones, or fail in some of them only.
+    """
+    if "RANK" not in os.environ:
+        if tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel = {tensor_parallel} needs as many processes, but no launcher started this one: use "
+                f"deepspeed --num_gpus {tensor_parallel} or torchrun --nproc-per-node {tensor_parallel}, or mii.serve"
+            )
+        return
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks != tensor_parallel:
+        raise ValueError(f"tensor_parallel is {tensor_parallel}, but the launcher started {ranks} ranks")
+    from deepspeed.accelerator import get_accelerator
+
+    if not on_cpu() and local_rank() >= get_accelerator().device_count():
+        raise ValueError(f"there is no device for local rank {local_rank()}: {get_accelerator().device_count()} exist")
+
+
+def _share_cores(ranks: int) -> None:
+    """Gives each rank of this machine its share of the cores: with all of them in each, ranks wait for one another."""
+    if on_cpu() and ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
 def _init_distributed(original, model_config):
+    _check_ranks(model_config.tensor_parallel)
     stand_alone(model_config.tensor_parallel)
+    _share_cores(model_config.tensor_parallel)
     return original(model_config)
 
 
@@ -37,5 +70,5 @@ def _wrap_init_distributed() -> None:
 
 HOOKS = (
     Hook("mii.api._parse_kwargs_to_model_config", "unknown quantization modes are refused first", _wrap_parsing),
-    Hook("mii.utils.init_distributed", "a process of its own takes a free port", _wrap_init_distributed),
+    Hook("mii.utils.init_distributed", "ranks are counted; a process of its own takes a free port", _wrap_init_distributed),
 )
