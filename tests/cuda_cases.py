@@ -64,8 +64,8 @@ def random_x(m: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> 
 class Expected:
     """``y = x · Wᵀ + bias`` in fp64, and how far each element may be off.
 
-    The kernel that turns weights into 16 bits and hands them to cuBLAS rounds the scaled weights; the others round
-    nothing but y.
+    The kernel that turns weights into 16 bits and hands them to cuBLAS rounds the scaled weights, the small ones to
+    subnormals; the others round nothing but y.
     """
 
     def __init__(self, x: torch.Tensor, weight: RandomWeight, bias: torch.Tensor | None = None) -> None:
@@ -79,7 +79,9 @@ class Expected:
         smallest = torch.finfo(x.dtype).smallest_normal
         self.allowed = ROUNDING[x.dtype] * (self.y.abs() + smallest) + SUMMATION * magnitudes
         # cuBLAS's y is rounded before the bias is added, and once more after it.
-        self.allowed_dequantized = self.allowed + 2 * ROUNDING[x.dtype] * magnitudes
+        self.allowed_dequantized = self.allowed + ROUNDING[x.dtype] * (
+            2 * magnitudes + smallest * x.abs().double().sum(dim=1, keepdim=True)
+        )
         self.weight = weight
 
     def check(self, y: torch.Tensor, what: str, m: int | None = None) -> None:

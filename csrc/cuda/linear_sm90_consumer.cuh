@@ -67,11 +67,13 @@ template <class T>
 struct GroupedSums {
     const float* row[T::kOwnPanels][2];  // scales of the two channels of a thread in each panel
     uint32_t blocks_inverse;             // ceil(2^31 / blocks of a group)
+    uint32_t last_group;
     float scale[2];                      // of the unit, for both channels
     float part[T::kSums];                // of the unit
 
     __device__ void start(const Problem& p, int first_channel) {
         blocks_inverse = (0x80000000u + p.group_blocks - 1) / p.group_blocks;
+        last_group = p.groups - 1;
 #pragma unroll
         for (int i = 0; i < 2 * T::kOwnPanels; ++i) {
             const int n = min(first_channel + i / 2 * 64 + i % 2 * 8, p.n - 1);
@@ -81,7 +83,8 @@ struct GroupedSums {
 
     template <int kUnit>
     __device__ void load_scale(int block) {
-        const uint32_t group = __umulhi(2 * block, blocks_inverse);
+        // A stage may end past K, where the sums are zeros.
+        const uint32_t group = min(__umulhi(2 * block, blocks_inverse), last_group);
 #pragma unroll
         for (int i = 0; i < 2; ++i) scale[i] = __ldg(row[kUnit % T::kOwnPanels][i] + group);
     }
