@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         figures.append({"layer": layer.name, "n": layer.n, "k": layer.k, "seconds": seconds, "bytes_per_second": rate})
         print(f"{layer.name:8} {layer.n:6} {layer.k:6} {seconds * 1e6:10.1f} {rate / 1e9:23.1f}")
         wrong += not _agrees(weights[0], fmt, group_size, layer.name)
+    total = sum(f["seconds"] for f in figures), sum(2 * f["n"] * f["k"] for f in figures)
+    print(f"{'all':22} {total[0] * 1e6:10.1f} {total[1] / total[0] / 1e9:23.1f}")
     if args.json:
         args.json.write_text(json.dumps({"mode": args.quantization_mode, "device": args.device, "layers": figures}, indent=2))
     return 1 if wrong else 0
