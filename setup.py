@@ -13,6 +13,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent.resolve()
 
+#: What `ds-fp6 serve` needs.
+SERVE = ["fastapi", "prometheus-client", "pydantic>=2", "uvicorn"]
+
 
 def supported(distribution: str) -> str:
     """The requirement that the hooks' own table of supported versions makes of ``distribution``."""
@@ -89,9 +92,9 @@ setup(
         "requests",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout"],
+        "test": ["pytest>=8", "pytest-timeout", *SERVE, "openai>=2", "lm-eval[api]>=0.4.9"],
         "bench": ["matplotlib"],
-        "serve": ["uvicorn", "pydantic-settings"],
+        "serve": SERVE,
     },
     entry_points={
         "console_scripts": ["ds-fp6 = ds_fp6.cli:main"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 
 from ds_fp6 import __version__
+from ds_fp6.serving import options as serving_options
 
 #: Commands whose arguments belong to modules of ``ds_fp6.bench``.
 FORWARDED = {
@@ -16,6 +18,8 @@ FORWARDED = {
     "eval": "evaluate a checkpoint: ds-fp6 eval perplexity --help",
 }
 EVALUATIONS = ("perplexity",)
+#: Modules that ``serve`` imports beyond what the package requires, and the packages that have them.
+SERVER_MODULES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in FORWARDED:
             return _forward(*arguments)
         options = _parser().parse_args(arguments)
+        options.arguments = arguments
         return options.run(options)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
         print(f"ds-fp6: {type(error).__name__}: {error}", file=sys.stderr)
@@ -60,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="makes --sample repeatable")
     generate.add_argument("--json", action="store_true", help="print JSON")
     generate.set_defaults(run=_generate)
+
+    serve = commands.add_parser("serve", help="serve a model over HTTP with OpenAI's API")
+    serving_options.add_arguments(serve)
+    serve.set_defaults(run=_serve)
 
     for name, summary in FORWARDED.items():
         commands.add_parser(name, help=summary, add_help=False)
@@ -113,6 +122,15 @@ def _generate(options: argparse.Namespace) -> int:
         print(f"{prompt}{response.generated_text}\n")
     print(f"{result.tokens} tokens in {result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    for module, package in SERVER_MODULES.items():
+        if importlib.util.find_spec(module) is None:
+            raise RuntimeError(f"ds-fp6 serve needs {package}: pip install 'ds-fp6[serve]'")
+    from ds_fp6.serving.lifecycle import serve
+
+    return serve(serving_options.settings(options), [sys.executable, "-m", "ds_fp6.cli", *options.arguments])
 
 
 def _as_json(options: argparse.Namespace, result) -> dict:

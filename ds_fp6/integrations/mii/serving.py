@@ -1,0 +1,357 @@
+"""MII's async pipeline as a server needs it: requests of token ids with sampling settings of their own, their tokens
+one by one, log probabilities, cancellation, and an end.
+
+Rank 0 schedules and samples; other ranks only ``follow``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mii
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.v2.logging import inference_logger
+from deepspeed.inference.v2.ragged.manager_configs import DSStateManagerConfig
+from mii.api import _parse_kwargs_to_model_config
+from mii.batching.data_classes import RequestBatch
+from mii.batching.ragged_batching import MIIAsyncPipeline
+from mii.constants import GenerationFinishReason
+from mii.modeling.models import load_model
+from mii.modeling.tokenizers import load_tokenizer
+
+from ds_fp6.integrations import load_format as formats
+from ds_fp6.integrations import mii as hooks
+from ds_fp6.integrations.mii.prompt_logits import prompt_logits
+from ds_fp6.integrations.mii.sampling import Sampler, Sampling, TokenLogprobs, choose, token_logprobs
+
+FINISH_REASONS = {GenerationFinishReason.STOP: "stop", GenerationFinishReason.LENGTH: "length"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token. ``finish`` is ``"stop"`` if it ends the text without being part of it, ``"length"`` if
+    the sequence may not grow further, else None."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    finish: str | None
+
+
+@dataclass
+class ServedSequence:
+    """A sequence that is waiting or running. ``prompt_logprobs`` is filled before its first step is delivered."""
+
+    uid: int
+    sampler: Sampler
+    logprobs: int | None
+    top_of_prompt: int | None
+    prompt_logprobs: list[TokenLogprobs | None]
+
+
+def _is_scored(uid: int) -> bool:
+    """Whether a sequence wants its prompt's log probabilities. Ranks know each other's sequences by uid alone, and
+    all must run the LM head over the same rows, so the uid tells: it is odd."""
+    return uid % 2 == 1
+
+
+class ServingPipeline(MIIAsyncPipeline):
+    """``deliver`` is called in the generation thread, once a step, with (uid, ``Step`` or exception) pairs."""
+
+    def __init__(self, inference_engine, tokenizer, model_config) -> None:
+        super().__init__(inference_engine=inference_engine, tokenizer=tokenizer, model_config=model_config)
+        limits = inference_engine._config.state_manager
+        self.max_length = min(self.max_length, limits.max_context)
+        self.deliver: Callable[[list[tuple[int, Step | BaseException]]], None] = lambda outputs: None
+        self.eos_token_ids = eos_token_ids(model_config.model_name_or_path, tokenizer)
+        self.failure: BaseException | None = None
+        self._numbers = itertools.count(1)
+        self._sequences: dict[int, ServedSequence] = {}
+        self._cancelled: set[int] = set()
+        self._outputs: list[tuple[int, Step | BaseException]] = []
+        self._work = threading.Event()
+        self._ending = False
+        self._meet()
+
+    def _meet(self) -> None:
+        """Waits until rank 0's requests reach every rank: what is published before that is lost."""
+        if self.model_config.tensor_parallel == 1:
+            return
+        heard = self.is_rank_0
+        device = get_accelerator().current_device()
+        while True:
+            if self.is_rank_0:
+                self.socket.send_string(json.dumps({"data": [], "force": False}))
+                time.sleep(0.05)
+            else:
+                heard = heard or bool(self.socket.poll(50))
+            everyone = torch.tensor([int(heard)], device=device)
+            torch.distributed.all_reduce(everyone, op=torch.distributed.ReduceOp.MIN)
+            if everyone.item():
+                return
+
+    # Called by other threads.
+
+    def submit(
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        *,
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> ServedSequence:
+        """Queues a prompt. Its steps are delivered under the uid of what is returned.
+
+        ``logprobs`` and ``prompt_logprobs`` say how many of the likeliest tokens are reported beside each generated
+        and each prompt token; None for no log probabilities. Raises ``ValueError`` for a prompt that does not fit.
+        """
+        uid = 2 * next(self._numbers) + (prompt_logprobs is not None)
+        settings = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "stream": True, "do_sample": False}
+        settings["max_length"] = self.max_length
+        # Constant sampling parameters: MII keeps a processor for every value that it has ever seen.
+        request = self.make_request(None, uid, torch.tensor(tokens, dtype=torch.int64), {**settings, "top_p": 1.0})
+        sequence = ServedSequence(uid, Sampler(sampling), logprobs, prompt_logprobs, [None] * len(tokens))
+        request.sequence = sequence
+        with self.lock:
+            if self.failure is not None:
+                raise RuntimeError(f"generation stopped because of {self.failure}") from self.failure
+            self._sequences[uid] = sequence
+        self.request_queue.put(request)
+        self._work.set()
+        return sequence
+
+    def cancel(self, uid: int) -> None:
+        """Forgets a sequence and frees its KV blocks, soon. Nothing happens if it has finished."""
+        with self.lock:
+            self._cancelled.add(uid)
+        self._work.set()
+
+    def end(self) -> None:
+        """Ends the generation thread, and the loops of other ranks, after the current step."""
+        self._ending = True
+        self._work.set()
+
+    def fail(self, failure: BaseException) -> None:
+        """Gives ``failure`` to all who wait for a sequence, and to all who submit one from now on."""
+        with self.lock:
+            if self.failure is None:
+                self.failure = failure
+            waiting, self._sequences = list(self._sequences), {}
+        self.deliver([(uid, self.failure) for uid in waiting])
+
+    @property
+    def live(self) -> int:
+        """Sequences that are waiting or running."""
+        return len(self._sequences)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold KV blocks."""
+        return self.inference_engine._state_manager.n_tracked_sequences
+
+    @property
+    def free_blocks(self) -> int:
+        return int(min(self.inference_engine.free_blocks))
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks in all."""
+        return self.inference_engine._state_manager._kv_cache._caches[0].shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that a KV block holds."""
+        return self.inference_engine._state_manager._kv_cache._caches[0].shape[2]
+
+    # The generation thread.
+
+    def __call__(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            mii.logging.logger.exception("ds_fp6: generation stopped")
+            self.fail(error)
+
+    def _run(self) -> None:
+        get_accelerator().set_device(self.local_rank)
+        # Sequences without a seed differ from one start of the server to the next.
+        torch.seed()
+        while not self._ending:
+            self._work.clear()
+            if self._idle():
+                self._work.wait()
+                continue
+            self.generate()
+            if self._outputs:
+                outputs, self._outputs = self._outputs, []
+                self.deliver(outputs)
+        self.scheduled_requests = RequestBatch()
+        self._bcast_requests(force=True)
+
+    def _idle(self) -> bool:
+        busy = self.buffer or self._cancelled or self._ending
+        return not busy and self.request_queue.empty() and not len(self.scheduled_requests)
+
+    def follow(self) -> None:
+        """The loop of ranks other than 0, until rank 0 ends."""
+        while not self.generate():
+            pass
+
+    def schedule_requests(self) -> None:
+        self._drop_cancelled()
+        super().schedule_requests()
+
+    def _drop_cancelled(self) -> None:
+        """Between two steps, whatever runs or waits is in ``buffer`` or ``request_queue``."""
+        if not self._cancelled:
+            return
+        with self.lock:
+            cancelled, self._cancelled = self._cancelled, set()
+        while not self.request_queue.empty():
+            self.buffer.append(self.request_queue.get_nowait())
+        dropped = [r for r in self.buffer if r.uid in cancelled and not r.is_flush_request]
+        self.buffer = type(self.buffer)(r for r in self.buffer if r.uid not in cancelled or r.is_flush_request)
+        for uid in {r.uid for r in dropped}:
+            self._forget(uid)
+
+    def _forget(self, uid: int) -> None:
+        with self.lock:
+            self._sequences.pop(uid, None)
+        if self.inference_engine._state_manager.get_sequence(uid) is not None:
+            self._queue_flush_request(uid)
+
+    def put(self, uids: list[int], tokenized_input: list[torch.Tensor]) -> torch.Tensor:
+        rows, targets = self._scored_rows(uids, tokenized_input)
+        if not rows:
+            return super().put(uids, tokenized_input)
+        read = (lambda start, logits: _read(targets[start : start + len(logits)], logits)) if self.is_rank_0 else None
+        with prompt_logits(self.inference_engine, rows, read):
+            return super().put(uids, tokenized_input)
+
+    def _scored_rows(self, uids, tokenized_input) -> tuple[list[int], list[_Target | None]]:
+        """The batch's rows that belong to scored sequences, and on rank 0 for each the prompt token after it."""
+        rows: list[int] = []
+        targets: list[_Target | None] = []
+        start = 0
+        for request, uid, tokens in zip(self.scheduled_requests.requests_to_run, uids, tokenized_input, strict=True):
+            if _is_scored(uid):
+                rows += range(start, start + len(tokens))
+                if self.is_rank_0:
+                    targets += _targets(request, len(tokens))
+            start += len(tokens)
+        return rows, targets
+
+    def _process_logits(self, next_token_logits, running_requests):
+        """Tokens int64 [n] and whether each ends its sequence. Parts of prompts before the last choose nothing."""
+        requests = list(running_requests)
+        rows = [row for row, request in enumerate(requests) if request.last_in_prompt]
+        tokens = torch.zeros(len(requests), dtype=torch.int64)
+        if rows:
+            logits = next_token_logits[rows]
+            sequences = [requests[row].sequence for row in rows]
+            tokens[rows] = choose(logits[:, : self.vocab_size], [sequence.sampler for sequence in sequences])
+            self._add_logprobs(logits, [requests[row] for row in rows], tokens[rows].tolist())
+        done = torch.zeros(len(requests), dtype=torch.bool)
+        done[rows] = torch.tensor([token in self.eos_token_ids for token in tokens[rows].tolist()], dtype=torch.bool)
+        return tokens, done
+
+    def _add_logprobs(self, logits, requests, tokens: list[int]) -> None:
+        wanted = [i for i, request in enumerate(requests) if request.sequence.logprobs is not None]
+        if wanted:
+            counts = [requests[i].sequence.logprobs for i in wanted]
+            found = token_logprobs(logits[wanted], [tokens[i] for i in wanted], counts)
+            for i, logprobs in zip(wanted, found, strict=True):
+                requests[i].next_logprobs = logprobs
+
+    def _generate_output(self, r) -> None:
+        finish = FINISH_REASONS.get(r.finish_reason)
+        self._outputs.append((r.uid, Step(int(r.next_token), getattr(r, "next_logprobs", None), finish)))
+        if finish is not None:
+            self._forget(r.uid)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The prompt token at ``position`` of a sequence."""
+
+    sequence: ServedSequence
+    position: int
+    token: int
+
+
+def _targets(request, count: int) -> list[_Target | None]:
+    """What each of a request's next ``count`` tokens precedes; None at the end of its prompt."""
+    prompt = getattr(request, "first_prompt", request.prompt_tokens)
+    first = request.seq_length + 1
+    known = prompt[first : first + count].tolist()
+    targets = [_Target(request.sequence, first + i, token) for i, token in enumerate(known)]
+    return targets + [None] * (count - len(targets))
+
+
+def _read(targets: list[_Target | None], logits: torch.Tensor) -> None:
+    wanted = [row for row, target in enumerate(targets) if target is not None]
+    if not wanted:
+        return
+    counts = [targets[row].sequence.top_of_prompt for row in wanted]
+    found = token_logprobs(logits[wanted], [targets[row].token for row in wanted], counts)
+    for row, logprobs in zip(wanted, found, strict=True):
+        targets[row].sequence.prompt_logprobs[targets[row].position] = logprobs
+
+
+def eos_token_ids(model: str, tokenizer) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's, and those of the checkpoint's generation_config.json."""
+    found = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError, ValueError):
+        more = json.loads((Path(model) / "generation_config.json").read_text()).get("eos_token_id")
+        found |= set(more) if isinstance(more, list) else {more}
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def open_serving_pipeline(
+    model: str | Path,
+    quantization_mode: str | None = None,
+    *,
+    load_format: str = "auto",
+    tokenizer: str | Path | None = None,
+    tensor_parallel: int = 1,
+    max_length: int | None = None,
+    state_manager: Mapping[str, Any] | None = None,
+) -> ServingPipeline:
+    """A pipeline for a server; its generation thread is not started.
+
+    Args:
+        model: a checkpoint's directory or a Hugging Face model name.
+        load_format: ``"auto"``, or ``"dummy"`` for random weights of the config.json's shapes.
+        tokenizer: a directory or name; None for the model's own.
+        max_length: most tokens of a sequence, prompt and answer; None for as many as model and KV cache allow.
+        state_manager: fields of DeepSpeed's ``DSStateManagerConfig``.
+
+    Raises ``ValueError`` for an unknown mode, load format, model family or degree of tensor parallelism.
+    """
+    hooks.install()
+    inference_logger(logging.WARNING).setLevel(logging.WARNING)
+    limits = dict(state_manager or {})
+    if max_length is not None:
+        limits.setdefault("max_context", max(max_length, DSStateManagerConfig().max_context))
+    model_config, _ = _parse_kwargs_to_model_config(
+        str(model),
+        quantization_mode=quantization_mode,
+        tokenizer=str(tokenizer or model),
+        tensor_parallel=tensor_parallel,
+        max_length=max_length,
+        inference_engine_config={"state_manager": limits},
+    )
+    with formats.selected(load_format):
+        engine = load_model(model_config)
+        return ServingPipeline(engine, load_tokenizer(model_config), model_config)
