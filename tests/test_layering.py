@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: Layers from the bottom up, by the first part of a module's name below ``ds_fp6``.
 LAYERS = (
     ("formats", "autoload"),
-    ("ops",),
+    ("ops", "triton_ops"),
     ("quantize", "pack"),
     ("weight",),
     ("modules", "cpu"),

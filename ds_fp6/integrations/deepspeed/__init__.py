@@ -20,9 +20,9 @@ REPAIRS = (
     Repair("activation-dtype", "qwen2 and qwen2-moe ran in fp16 whatever the checkpoint says"),
     Repair("norm-epsilon", "norms used epsilon 1e-5 instead of the checkpoint's"),
     Repair("rotary", "partial_rotary_factor and falcon's rope_theta were not read; CPU: fp32 frequencies throughout"),
-    Repair("rope-scaling", "linear, llama3 and yarn rotary scaling was refused (CPU)"),
+    Repair("rope-scaling", "linear, llama3 and yarn rotary scaling was refused (not with DeepSpeed's attention)"),
     Repair("exact-gelu", "models trained with the exact GELU ran with its tanh approximation (CPU)"),
-    Repair("sliding-window", "models with a sliding window attended to everything (CPU)"),
+    Repair("sliding-window", "models with a sliding window attended to everything (not with DeepSpeed's attention)"),
     Repair("head-dim", "head_dim in config.json was ignored"),
     Repair("sizes", "head ratios, head sizes, intermediate and vocabulary sizes were refused (CPU)"),
     Repair("config-checks", "settings that the engine would ignore are refused before the checkpoint is read"),
@@ -51,10 +51,11 @@ def _startup_hooks() -> tuple[Hook, ...]:
 
 def _engine_hooks() -> tuple[Hook, ...]:
     from ds_fp6.integrations import checkpoint, load_format
-    from ds_fp6.integrations.deepspeed import engine, kernels, models, quantization
+    from ds_fp6.integrations.deepspeed import attention, engine, kernels, models, quantization
 
     loading = Hook("deepspeed.inference.v2.checkpoint", "reads checkpoints tensor by tensor", checkpoint.install)
-    return (loading,) + load_format.HOOKS + engine.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
+    own = engine.HOOKS + attention.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
+    return (loading,) + load_format.HOOKS + own
 
 
 def install() -> None:

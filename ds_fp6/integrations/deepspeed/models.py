@@ -160,7 +160,9 @@ def _repair_window(model) -> None:
     window = sliding_window(model.config)
     if window is None:
         return
-    if on_cpu():
+    if rotary.runs_triton(model):
+        model.attn.window = window
+    elif on_cpu():
         kernel = model.attn._attn_kernel
         kernel.kernel = functools.partial(kernel.kernel, window=window)
     elif window < model.max_sequence_length:
@@ -177,7 +179,7 @@ def _populate(original, self) -> None:
     _repair_window(self.model)
     if on_cpu():
         _repair_gelu(self.model)
-        rotary.scale_rotary(self.model)
+    rotary.scale_rotary(self.model)
     original(self)
 
 

@@ -6,7 +6,8 @@ some not at all: the model then runs and computes something else.
 
 from __future__ import annotations
 
-from ds_fp6.integrations.deepspeed import models, rotary
+from ds_fp6.integrations.deepspeed import attention, models, rotary
+from ds_fp6.triton_ops import limits
 
 FAMILIES = (
     "exaone4", "exaone4_5", "falcon", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen", "qwen2", "qwen2_moe",
@@ -20,7 +21,7 @@ CUDA_WIDTH, CUDA_VOCABULARY = 8, 8
 
 def _problems(config, cpu: bool, ranks: int) -> list[str]:
     problems = _architecture_problems(config)
-    rotary_problem = rotary.problem(config, cpu)
+    rotary_problem = rotary.problem(config, rotary.can_scale(cpu))
     if rotary_problem:
         problems.append(rotary_problem)
     q_heads = config.num_attention_heads
@@ -36,16 +37,24 @@ def _problems(config, cpu: bool, ranks: int) -> list[str]:
     if config.vocab_size % ranks:
         problems.append(f"a vocabulary of {config.vocab_size} cannot be split over {ranks} ranks")
     if not cpu:
-        problems += _cuda_problems(config, q_heads // kv_heads, head_size, ranks)
+        problems += _head_problems(q_heads, kv_heads, head_size) + _cuda_problems(config, ranks)
     return problems
 
 
-def _cuda_problems(config, ratio: int, head_size: int, ranks: int) -> list[str]:
-    problems = []
+def _head_problems(q_heads: int, kv_heads: int, head_size: int) -> list[str]:
+    if attention.chosen(cpu=False)[0] == "triton":
+        problem = limits.problem(q_heads, kv_heads, head_size)
+        return [problem] if problem else []
+    problems, ratio = [], q_heads // kv_heads
     if ratio not in CUDA_HEAD_RATIOS:
         problems.append(f"{ratio} query heads per key/value head; DeepSpeed's kernels take {CUDA_HEAD_RATIOS}")
     if head_size not in CUDA_HEAD_SIZES:
         problems.append(f"a head size of {head_size}; DeepSpeed's kernels take {CUDA_HEAD_SIZES}")
+    return problems
+
+
+def _cuda_problems(config, ranks: int) -> list[str]:
+    problems = []
     for name in ("intermediate_size", "ffn_dim"):
         width = getattr(config, name, None)
         if width is not None and width % (CUDA_WIDTH * ranks):

@@ -1,9 +1,10 @@
-"""Rotary embeddings: the settings that the engine's model classes do not read, and scaled variants on a CPU."""
+"""Rotary embeddings: settings that the engine's model classes do not read, and variants that its kernels lack."""
 
 from __future__ import annotations
 
 import torch
 
+from ds_fp6.integrations.deepspeed import attention
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 
 #: Variants whose frequencies do not depend on how long a sequence has become.
@@ -22,17 +23,27 @@ def rope_type(config) -> str:
 
 def is_scaled(config) -> bool:
     """Whether a model has a scaled variant that it will run with here."""
-    return rope_type(config) in SCALED and on_cpu()
+    return rope_type(config) in SCALED and can_scale(on_cpu())
 
 
-def problem(config, cpu: bool) -> str | None:
-    """Why the rotary variant of a config cannot be run, None where it can."""
+def can_scale(cpu: bool) -> bool:
+    """Whether the kernels that are in use take frequencies: the CPU's and Triton's do, DeepSpeed's do not."""
+    return cpu or attention.chosen(cpu)[0] == "triton"
+
+
+def runs_triton(model) -> bool:
+    """Whether a model was built with Triton's attention."""
+    return type(model.attn).__name__ == "TritonAttention"
+
+
+def problem(config, scaling: bool) -> str | None:
+    """Why the rotary variant of a config cannot be run, None where it can. ``scaling``: as ``can_scale`` says."""
     kind = rope_type(config)
     if kind == "default":
         return None
     if kind not in SCALED:
         return f"rope_type {kind!r}; there are default, {', '.join(SCALED)}"
-    if not cpu:
+    if not scaling:
         return f"rope_type {kind!r}: DeepSpeed's kernels compute unscaled rotary embeddings only"
     if partial_rotary_factor(config) != 1.0 and scaled_frequencies(config)[1] != 1.0:
         return f"rope_type {kind!r} that scales attention, on a part of each head"
@@ -81,9 +92,13 @@ def scale_rotary(model) -> None:
     """
     if not is_scaled(model.config):
         return
+    frequencies, factor = scaled_frequencies(model.config)
+    if runs_triton(model):
+        model.attn.frequencies = frequencies.to(model.attn.frequencies.device)
+        model.attn.softmax_scale *= factor**2
+        return
     from ds_fp6.cpu.builders import RaggedOpsBuilder
 
-    frequencies, factor = scaled_frequencies(model.config)
     rotate = RaggedOpsBuilder().load().kv_trained_rotary_embeddings
 
     def kernel(cache, q, k, v, rotary_dim, theta, *batch) -> None:

@@ -1,0 +1,69 @@
+"""Which attention the engine runs on a GPU: Triton's kernels of this package, or DeepSpeed's own."""
+
+from __future__ import annotations
+
+import os
+
+from ds_fp6 import triton_ops
+from ds_fp6.integrations.deepspeed.accelerator import on_cpu
+from ds_fp6.integrations.patching import Hook, wrap
+
+#: ``triton`` or ``upstream``; unset is triton where it can be used.
+VARIABLE = "DS_FP6_ATTENTION"
+CHOICES = ("triton", "upstream")
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on a CPU and slowly, as TRITON_INTERPRET=1 asks for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def chosen(cpu: bool) -> tuple[str, str]:
+    """``triton`` or ``upstream``, and why. ``cpu``: whether the engine runs on a CPU.
+
+    Raises ``ValueError`` for another value of the variable, or one that asks for what cannot be had.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if text and text not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be {' or '.join(CHOICES)}, got {text!r}")
+    if text == "upstream":
+        return "upstream", f"{VARIABLE}=upstream"
+    problem = triton_ops.problem()
+    if cpu and not interpreted():
+        problem = "the engine runs on a CPU"
+    if text == "triton" and problem:
+        raise ValueError(f"{VARIABLE}=triton cannot be had: {problem}")
+    if problem:
+        return "upstream", problem
+    if cpu and not text:
+        return "upstream", "the engine runs on a CPU"
+    return "triton", f"{VARIABLE}=triton" if text else "default on a GPU"
+
+
+def _instantiate_attention(original, attention_config, engine_config):
+    choice, _ = chosen(on_cpu())
+    if choice == "upstream":
+        return original(attention_config, engine_config)
+    from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionRegistry
+    from deepspeed.inference.v2.modules.module_registry import ConfigBundle
+    from deepspeed.utils import logger
+
+    from ds_fp6.modules import attention
+
+    problem = attention.problem(attention_config)
+    if problem:
+        logger.warning(f"ds_fp6: DeepSpeed's attention instead of Triton's: {problem}")
+        return original(attention_config, engine_config)
+    bundle = ConfigBundle(name=attention.TritonAttention.name(), config=attention_config)
+    return DSSelfAttentionRegistry.instantiate_config(bundle)
+
+
+def _wrap_heuristics() -> None:
+    from deepspeed.inference.v2.modules import heuristics
+
+    wrap(heuristics, "instantiate_attention", _instantiate_attention)
+
+
+HOOKS = (
+    Hook("heuristics.instantiate_attention", "GPU: attention split over the KV length", _wrap_heuristics),
+)

@@ -1,0 +1,57 @@
+"""Tile sizes of the attention kernels, and over how many programs the keys of a sequence are spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Rows of the smallest matrix product of tensor cores: the query heads of a key/value head are padded to it.
+MIN_ROWS = 16
+
+#: Programs that a decode launch aims at, about four for each multiprocessor of the largest GPUs.
+DECODE_PROGRAMS = 512
+
+#: More partial results than this take longer to add up than they save.
+MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's tile: query rows, keys a step, warps, and stages of the pipeline that loads keys and values."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is not below ``value``."""
+    return 1 << (value - 1).bit_length()
+
+
+def decode_tile(head_size: int, group: int, block_size: int) -> Tile:
+    """For one query a sequence; ``group``: query heads per key/value head. A step stays within one cache block."""
+    rows = max(MIN_ROWS, power_of_two(group))
+    keys = min(block_size, 64 if rows <= 32 else 32)
+    return Tile(rows, keys, warps=4, stages=3)
+
+
+def prefill_tile(head_size: int, group: int, block_size: int) -> Tile:
+    """For many queries a sequence, whose rows are (query, head of the group) pairs."""
+    rows = max(128 if head_size > 64 else 64, power_of_two(group))
+    return Tile(rows, min(block_size, 64), warps=8 if rows >= 128 else 4, stages=3 if head_size <= 128 else 2)
+
+
+def splits(sequences: int, kv_heads: int) -> int:
+    """Programs over which the keys of each sequence and head are spread, at most.
+
+    It depends on nothing but the batch's size, so that a captured launch serves any lengths: a program finds its own
+    part of the keys from the true length, and has none where there are too few.
+    """
+    return max(1, min(MAX_SPLITS, DECODE_PROGRAMS // max(1, sequences * kv_heads)))
+
+
+def most_partials(max_sequences: int, kv_heads: int) -> int:
+    """Partial results that any batch of up to ``max_sequences`` may leave, one a program of a split launch."""
+    counts = (n * kv_heads * splits(n, kv_heads) for n in range(1, max_sequences + 1) if splits(n, kv_heads) > 1)
+    return max(counts, default=0)

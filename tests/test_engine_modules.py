@@ -1,0 +1,64 @@
+"""The engine with Triton's attention in it: the same logits as with the CPU's operators, and the setting."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from triton_device import DEVICE
+
+import ds_fp6.integrations.engine as fastgen
+from ds_fp6.integrations.deepspeed import attention, refusals, rotary
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares with the CPU's operators, in Triton's interpreter")
+
+FAMILIES = ("llama_gqa", "llama_rope3", "llama_yarn", "mistral", "phi", "opt", "falcon")
+STATE = dict(max_ragged_batch_size=96, max_ragged_sequence_count=4, max_tracked_sequences=4)
+PROMPTS = [torch.arange(3, 60), torch.arange(5, 9), torch.arange(60, 70)]
+
+
+def logits(path: str, prompts: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
+    """Of the prompts' step and ``steps`` decode steps, whose tokens are given, and of a mixed batch at the end."""
+    engine = fastgen.build_engine(path, None, memory_config={"mode": "allocate", "size": 8}, **STATE)
+    found = [fastgen.step(engine, dict(enumerate(prompts))).clone()]
+    for i in range(steps):
+        tokens = {uid: torch.tensor([(7 * uid + i) % 250]) for uid in range(len(prompts))}
+        found.append(fastgen.step(engine, tokens).clone())
+    found.append(fastgen.step(engine, {0: torch.tensor([9]), 1: torch.arange(3), 2: torch.tensor([8])}).clone())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_cpus_operators(family, tmp_path, monkeypatch):
+    size = {} if family == "llama_gqa" else {"hidden_size": 128}
+    size |= {"word_embed_proj_dim": 128} if family == "opt" else {}
+    path = models.save(models.build(family, torch.float16, **size), tmp_path)
+    expected = logits(path, PROMPTS, 2)
+    monkeypatch.setenv(attention.VARIABLE, "triton")
+    found = logits(path, PROMPTS, 2)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_the_module_is_ours_when_asked_for(tmp_path, monkeypatch):
+    path = models.save(models.build("llama_gqa", torch.float16), tmp_path)
+    for choice, expected in (("upstream", "DSDenseBlockedAttention"), ("triton", "TritonAttention")):
+        monkeypatch.setenv(attention.VARIABLE, choice)
+        engine = fastgen.build_engine(path, None, memory_config={"mode": "allocate", "size": 2}, **STATE)
+        assert type(engine.model().attn).__name__ == expected
+
+
+def test_limits_that_triton_lifts(monkeypatch):
+    from transformers import AutoConfig
+
+    model_type, settings = models.FAMILIES["llama_rope3"]
+    config = AutoConfig.for_model(model_type, **{**settings, "vocab_size": 256, "hidden_size": 192})
+    monkeypatch.setenv(attention.VARIABLE, "upstream")
+    with pytest.raises(ValueError, match="'llama3': DeepSpeed's kernels.*head size of 48"):
+        refusals.check(config, cpu=False, ranks=1)
+    monkeypatch.setenv(attention.VARIABLE, "triton")
+    assert rotary.can_scale(cpu=False)
+    refusals.check(config, cpu=False, ranks=1)
+    config.head_dim = 40
+    with pytest.raises(ValueError, match="head size of 40"):
+        refusals.check(config, cpu=False, ranks=1)

@@ -1,0 +1,27 @@
+"""The engine's settings: what they choose, and what is said about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from ds_fp6 import triton_ops
+from ds_fp6.integrations.deepspeed import attention
+
+
+def test_attention_follows_triton_and_the_variable(monkeypatch):
+    monkeypatch.delenv(attention.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_ops, "problem", lambda: None)
+    assert attention.chosen(cpu=False) == ("triton", "default on a GPU")
+    assert attention.chosen(cpu=True)[0] == "upstream"
+    monkeypatch.setattr(triton_ops, "problem", lambda: "triton is not installed")
+    assert attention.chosen(cpu=False) == ("upstream", "triton is not installed")
+    monkeypatch.setenv(attention.VARIABLE, "triton")
+    for cpu in (True, False):
+        with pytest.raises(ValueError, match="DS_FP6_ATTENTION=triton cannot be had: "):
+            attention.chosen(cpu)
+    monkeypatch.setenv(attention.VARIABLE, "upstream")
+    assert attention.chosen(cpu=False) == ("upstream", "DS_FP6_ATTENTION=upstream")
+    monkeypatch.setenv(attention.VARIABLE, "flash")
+    with pytest.raises(ValueError, match="must be triton or upstream, got 'flash'"):
+        attention.chosen(cpu=False)
