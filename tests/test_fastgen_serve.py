@@ -1,89 +1,198 @@
-"""``mii.serve`` on a CPU: a server of its own processes, its client, streams, errors and end."""
+"""``mii.serve`` on a CPU: servers of their own processes, their clients, streams, errors and ends."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import mii
 import models
+import psutil
 import pytest
+from mii.backend.server import MIIServer
+
+from ds_fp6.integrations.mii import guard
+from ds_fp6.integrations.mii.server import is_free
+
+MODEL = str(Path(__file__).parent.parent / "examples" / "tiny-python-llama")
+PROMPTS = ["def main(", "import os\n", "class Stack:", "for i in", "    return", "# ", "if __name__", "try:\n"]
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "ignore_eos": True}
+LONG = GREEDY | {"max_new_tokens": 450}
+#: Seconds in which a failure must have reached the client, and all processes must be gone.
+PROMPTLY = 30
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> int:
+    """The first of ``count`` ports in a row that are free."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            first = probe.getsockname()[1]
+        if first + count < 65536 and all(is_free(port) for port in range(first, first + count)):
+            return first
 
 
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("localhost", port)) == 0
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ports() -> dict[str, int]:
-    """MII takes the ports after ``port_number`` for its ranks."""
-    port = free_port()
-    while listening(port + 1) or listening(port + 2):
-        port = free_port()
-    return {"port_number": port, "torch_dist_port": free_port(), "zmq_port_number": free_port()}
+    """MII takes the ports after ``port_number`` for its ranks, and one in a hundred for each replica's rendezvous."""
+    while True:
+        dist = free_ports(1)
+        if dist + 100 < 65536 and is_free(dist + 100):
+            return {"port_number": free_ports(4), "torch_dist_port": dist, "zmq_port_number": free_ports(2)}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def score_files(tmp_path, monkeypatch):
     """Where MII keeps what it knows of a deployment."""
     monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path / "mii"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_server(tmp_path, ports, score_files):
-    """Of two ranks."""
-    path = models.save(models.build("llama"), tmp_path / "model")
-    client = mii.serve(path, deployment_name="ds-fp6-test", quantization_mode="wf6a32", tensor_parallel=2, **ports)
+def processes() -> list[psutil.Process]:
+    """This test's deployments: guards and all that they started."""
+    return [p for p in psutil.Process().children(recursive=True) if "mii" in " ".join(command(p))]
+
+
+def command(process: psutil.Process) -> list[str]:
     try:
-        greedy = {"max_new_tokens": 12, "do_sample": False, "ignore_eos": True}
-        answers = client.generate(["def main(", "import"], **greedy)
-        assert [answer.generated_length for answer in answers] == [12, 12]
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def ranks() -> list[psutil.Process]:
+    """The processes that hold a model, without their launchers, in the order of their start."""
+    server = ["-m", "mii.launch.multi_gpu_server"]
+    found = [p for p in processes() if command(p)[1:3] == server and "--server-port" in command(p)]
+    return sorted(found, key=lambda p: p.create_time())
+
+
+def assert_gone(ports: dict[str, int]) -> None:
+    deadline = time.monotonic() + PROMPTLY
+    taken = list(range(ports["port_number"], ports["port_number"] + 3)) + [ports["torch_dist_port"]]
+    while (processes() or not all(map(is_free, taken))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [command(p)[:4] for p in processes()]
+    assert all(map(is_free, taken))
+
+
+def stream_all(client, prompts: list[str], kill: psutil.Process | None = None, **options) -> list:
+    """Text or exception of each prompt, all streaming at once; kills a process once all of them have begun."""
+    begun = []
+
+    async def one(prompt: str) -> str:
         pieces = []
-        client.generate("def main(", streaming_fn=lambda answer: pieces.append(answer[0].generated_text), **greedy)
-        assert "".join(pieces) == answers[0].generated_text
-        for streaming in (None, pieces.append):
-            start = time.monotonic()
-            with pytest.raises(Exception, match="the prompt has 3000 tokens"):
-                client.generate("x" * 3000, streaming_fn=streaming, **greedy)
-            assert time.monotonic() - start < 60  # not the ten minutes of a stream that nobody ends
-        assert client.generate(["import"], **greedy)[0].generated_text == answers[1].generated_text
-    finally:
-        client.terminate_server()
-    deadline = time.monotonic() + 60
-    while (listening(ports["port_number"]) or listening(ports["port_number"] + 1)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not listening(ports["port_number"]) and not listening(ports["port_number"] + 1)
+        async for answer in client._request_async_response_stream([prompt], stream=True, **options):
+            if not pieces:
+                begun.append(prompt)
+            pieces.append(answer[0].generated_text)
+            if kill and len(begun) == len(prompts) and kill.is_running():
+                kill.kill()
+        return "".join(pieces)
+
+    async def gather() -> list:
+        return await asyncio.gather(*map(one, prompts), return_exceptions=True)
+
+    return client.asyncio_loop.run_until_complete(gather())
 
 
-def test_refused_before_a_process_is_launched(tmp_path, monkeypatch, score_files):
-    from mii.backend.server import MIIServer
+def post(port: int, deployment: str, body: dict) -> list[dict]:
+    request = urllib.request.Request(
+        f"http://localhost:{port}/mii/{deployment}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
 
+
+def test_two_replicas_one_of_which_is_killed(ports):
+    rest = free_ports(1)
+    pipeline = mii.pipeline(MODEL, quantization_mode="wf6af16")
+    expected = [answer.generated_text for answer in pipeline(PROMPTS, **GREEDY)]
+    pipeline.destroy()
+    client = mii.serve(
+        MODEL, deployment_name="replicas", quantization_mode="wf6af16", replica_num=2, enable_restful_api=True,
+        restful_api_port=rest, restful_processes=2, **ports,
+    )  # fmt: skip
+    assert stream_all(client, PROMPTS, **GREEDY) == expected
+    assert [answer.generated_text for answer in client.generate(PROMPTS, **GREEDY)] == expected
+    answers = post(rest, "replicas", {"prompts": PROMPTS[:2], **GREEDY})
+    assert [answer["generated_text"] for answer in answers] == expected[:2]
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        post(rest, "replicas", {"prompts": ["x" * 100_000], **GREEDY})
+    with pytest.raises(OSError, match=rf"port {ports['port_number']} \(port_number\) is in use"):
+        mii.serve(MODEL, deployment_name="another", **ports)
+
+    start = time.monotonic()
+    found = stream_all(client, PROMPTS, kill=ranks()[0], **LONG)
+    assert time.monotonic() - start < PROMPTLY
+    failed = [str(text) for text in found if isinstance(text, Exception)]
+    assert len(failed) >= len(PROMPTS) // 2
+    assert all(text.startswith("the server is gone: replica 0 was ended by SIGKILL") for text in failed)
+    with pytest.raises(RuntimeError, match="the server is gone: replica 0"):
+        mii.client("replicas").generate(["import"], **GREEDY)
+    assert_gone(ports)
+    assert is_free(rest)
+
+
+@pytest.mark.parametrize("end", ["terminate", "kill"])
+def test_two_ranks(end, tmp_path, ports):
+    """On the ports of a server that is no more."""
+    path = models.save(models.build("llama"), tmp_path / "model")
+    client = mii.serve(path, deployment_name="ranks", quantization_mode="wf6a32", tensor_parallel=2, **ports)
+    answers = client.generate(["def main(", "import"], **GREEDY)
+    assert [answer.generated_length for answer in answers] == [12, 12]
+    if end == "kill":
+        start = time.monotonic()
+        (error,) = stream_all(client, ["def main("], kill=ranks()[1], **LONG)
+        assert isinstance(error, RuntimeError) and time.monotonic() - start < PROMPTLY
+        assert "the server is gone" in str(error) or "generation stopped" in str(error)
+        assert_gone(ports)
+        return
+    pieces = []
+    client.generate("def main(", streaming_fn=lambda answer: pieces.append(answer[0].generated_text), **GREEDY)
+    assert "".join(pieces) == answers[0].generated_text
+    for streaming in (None, pieces.append):
+        start = time.monotonic()
+        with pytest.raises(Exception, match="the prompt has 3000 tokens"):
+            client.generate("x" * 3000, streaming_fn=streaming, **GREEDY)
+        assert time.monotonic() - start < PROMPTLY  # not the ten minutes of a stream that nobody ends
+    assert client.generate(["import"], **GREEDY)[0].generated_text == answers[1].generated_text
+    client.terminate_server()
+    assert_gone(ports)
+
+
+def test_refused_before_a_process_is_launched(tmp_path, monkeypatch, ports):
     monkeypatch.setattr(MIIServer, "_launch_server_process", lambda *args, **kwargs: pytest.fail("launched"))
     with pytest.raises(ValueError, match="a mode is w f BITS"):
         mii.serve(str(tmp_path), quantization_mode="wf6")
     with pytest.raises(FileNotFoundError, match="nothing-here"):
         mii.serve(str(tmp_path / "nothing-here"))
+    with pytest.raises(ValueError, match="cannot be split over 3 ranks"):
+        mii.serve(MODEL, tensor_parallel=3, **ports)
+    same = ports | {"torch_dist_port": ports["port_number"]}
+    with pytest.raises(ValueError, match=f"port {ports['port_number']} is wanted 2 times"):
+        mii.serve(MODEL, **same)
 
 
-def test_server_that_does_not_start_leaves_nothing_behind(tmp_path, ports, score_files, monkeypatch):
-    from mii.backend.server import MIIServer
-
-    launched = []
-    launch = MIIServer._launch_server_process
-
-    def remember(self, *args, **kwargs):
-        launched.append(launch(self, *args, **kwargs))
-        return launched[-1]
-
-    monkeypatch.setattr(MIIServer, "_launch_server_process", remember)
+@pytest.mark.parametrize("broken", ["weights", "kv"])
+def test_a_server_that_does_not_start_says_why_and_leaves_nothing_behind(broken, tmp_path, ports, monkeypatch):
     path = models.save(models.build("llama"), tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(RuntimeError, match="server crashed"):
-        mii.serve(path, deployment_name="ds-fp6-broken", **ports)
-    assert len(launched) == 2 and all(process.poll() is not None for process in launched)
+    if broken == "weights":
+        (tmp_path / "model" / "model.safetensors").unlink()
+        problem = "model.safetensors"
+    else:
+        monkeypatch.setenv("DS_FP6_KV_MEMORY", "1K")
+        problem = "the KV cache may take 1024 bytes, less than one block"
+    with pytest.raises(RuntimeError, match=f"did not start: replica 0 ended with status 1: .*{problem}"):
+        mii.serve(path, deployment_name=broken, **ports)
+    assert_gone(ports)
+
+
+def test_exit_statuses_are_named():
+    assert guard.status_text(-9) == guard.status_text(247) == "was ended by SIGKILL"
+    assert guard.status_text(1) == "ended with status 1"

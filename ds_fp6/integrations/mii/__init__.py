@@ -22,6 +22,9 @@ REPAIRS = (
     Repair("async-failure", "an exception in the generation thread left every client waiting for ever"),
     Repair("ports", "a second live pipeline found ports 25555 and 29500 taken"),
     Repair("server", "failed streams left their client waiting, failed servers their processes running"),
+    Repair("server-ports", "a server on a port that is in use started all the same, and shared its requests"),
+    Repair("restful-gateway", "terminate_server left the RESTful gateway running"),
+    Repair("rank-count", "a launcher that started more or fewer ranks than tensor_parallel left them waiting"),
     Repair("launcher", "mii.serve failed without deepspeed on the PATH, and with more ranks than NUMA nodes (CPU)"),
     Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
 )
@@ -29,9 +32,9 @@ REPAIRS = (
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, load_format, pipeline, requests, server, stream
+    from ds_fp6.integrations.mii import api, errors, load_format, pipeline, requests, server, stream
 
-    return load_format.HOOKS + api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS + server.HOOKS
+    return load_format.HOOKS + api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS + server.HOOKS + errors.HOOKS
 
 
 def install() -> None:

@@ -1,74 +1,103 @@
-"""MII's server: errors of streams reach their client, and a server that fails to start leaves no process behind."""
+"""``mii.serve``: what can be refused is, and a server that fails to start or dies says why and leaves nothing behind.
+
+A guard (``guard.py``) starts the processes of a deployment, and ends them all when one fails.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-import queue
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+from ds_fp6.integrations.deepspeed import refusals
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
+from ds_fp6.integrations.mii import guard
+from ds_fp6.integrations.mii.pipeline import check_running
 from ds_fp6.integrations.patching import Hook, wrap
 
-#: Seconds that a server's process has to end by itself once it is told to.
-PATIENCE = 10
+#: Seconds that a guard, told to end, has for ending its processes.
+PATIENCE = 3 * guard.INSISTENCE
+#: Seconds that a rank whose generation failed has for answering its clients.
+LAST_WORDS = 0.5
 
 
-class ResultQueue(queue.Queue):
-    """A queue whose ``get`` raises what was put if that is an exception."""
-
-    def get(self, *args, **kwargs):
-        item = super().get(*args, **kwargs)
-        if isinstance(item, BaseException):
-            raise item
-        return item
+class ServerFailed(RuntimeError):
+    """A server that did not start, or that ended while it was needed."""
 
 
-def _invoke_stream(original, self, method_name, proto_request, result_queue):
-    """MII runs this in a thread whose exceptions nobody sees: its client waited ten minutes for a response."""
-    try:
-        return original(self, method_name, proto_request, result_queue)
-    except Exception as error:
-        result_queue.put(error)
+def deployment_directory(deployment_name: str) -> Path:
+    """Where the processes of a deployment leave word of failures; a client finds it by the deployment's name."""
+    from mii.constants import DeploymentType
+    from mii.score.generate import generated_score_path
+
+    return Path(generated_score_path(deployment_name, DeploymentType.LOCAL)).parent / "server"
 
 
-def _wrap_streams() -> None:
-    from mii.grpc_related import modelresponse_server
-
-    modelresponse_server.queue = SimpleNamespace(Queue=ResultQueue, Empty=queue.Empty)
-    wrap(modelresponse_server.ParallelStubInvoker, "invoke_stream", _invoke_stream)
-
-
-def stop(processes: list[subprocess.Popen]) -> None:
-    """Ends processes, at first politely: DeepSpeed's launcher then ends those that it started."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
+def is_free(port: int) -> bool:
+    """Whether a server could listen on a port of this machine. Connections that linger after a close do not count."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
-def _wait_until_live(original, self, processes, deployment):
-    try:
-        return original(self, processes, deployment)
-    except BaseException:
-        stop(processes)
-        raise
+def _ports(mii_config) -> list[tuple[str, int]]:
+    """The ports that a server listens on at this machine, with the fields of the configuration that set them."""
+    ports = [("port_number", mii_config.port_number)]
+    if mii_config.enable_restful_api:
+        ports.append(("restful_api_port", mii_config.restful_api_port))
+    here = ("localhost", "127.0.0.1", socket.gethostname())
+    for i, replica in enumerate(mii_config.model_conf.replica_configs):
+        if replica.hostname in here:
+            first = f"of replica {i}, counted from port_number"
+            ports += [(first, port) for port in replica.tensor_parallel_ports]
+            ports.append(("torch_dist_port", replica.torch_dist_port))
+    return ports
 
 
-def _launcher(original, self, *args, **kwargs) -> str:
-    """This interpreter's own ``deepspeed``, which need not be on the PATH."""
-    name, _, arguments = original(self, *args, **kwargs).partition(" ")
-    own = f"{sys.executable} -m deepspeed.launcher.runner"
-    return f"{own if name == 'deepspeed' else name} {arguments}"
+def _check_ports(mii_config) -> None:
+    """Raises ``OSError`` or ``ValueError`` that names a port which is taken, or wanted twice."""
+    ports = _ports(mii_config)
+    for field, port in ports:
+        if not is_free(port):
+            raise OSError(errno.EADDRINUSE, f"port {port} ({field}) is in use")
+    for port, uses in Counter(port for _, port in ports).items():
+        if uses > 1:
+            raise ValueError(f"port {port} is wanted {uses} times: {[field for field, p in ports if p == port]}")
+
+
+def _check_model(mii_config) -> None:
+    """Raises ``ValueError`` for a model or a tensor-parallel degree that its ranks would refuse."""
+    from deepspeed.accelerator import get_accelerator
+    from transformers import AutoConfig
+
+    model = mii_config.model_conf
+    ranks, devices = model.tensor_parallel * model.replica_num, get_accelerator().device_count()
+    unplaced = model.device_map == "auto" and not os.path.isfile(mii_config.hostfile)
+    if not on_cpu() and unplaced and ranks > devices:
+        raise ValueError(
+            f"tensor_parallel {model.tensor_parallel} with replica_num {model.replica_num} needs {ranks} devices, "
+            f"there are {devices}"
+        )
+    if os.path.isdir(model.model_name_or_path):
+        refusals.check(AutoConfig.from_pretrained(model.model_name_or_path), on_cpu(), model.tensor_parallel)
 
 
 def _init(original, self, mii_config) -> None:
     """On a CPU, DeepSpeed counts a device for each NUMA node, and refuses to run more ranks than that."""
+    _check_model(mii_config)
+    self._mii_config = mii_config
     model = mii_config.model_conf
     if not on_cpu() or "LOCAL_SIZE" in os.environ:
         return original(self, mii_config)
@@ -79,15 +108,132 @@ def _init(original, self, mii_config) -> None:
         del os.environ["LOCAL_SIZE"]
 
 
+def _launcher(original, self, *args, **kwargs) -> str:
+    """This interpreter's own ``deepspeed``, which need not be on the PATH."""
+    name, _, arguments = original(self, *args, **kwargs).partition(" ")
+    own = f"{sys.executable} -m deepspeed.launcher.runner"
+    return f"{own if name == 'deepspeed' else name} {arguments}"
+
+
+def _initialize_service(original, self, mii_config) -> list[subprocess.Popen]:
+    """Has a guard run the commands that MII would run itself. Returns the guard's process alone."""
+    from mii.backend import server
+
+    _check_ports(mii_config)
+    commands: list[list[str]] = []
+    server.subprocess, usual = SimpleNamespace(Popen=commands.append), server.subprocess
+    try:
+        original(self, mii_config)
+    finally:
+        server.subprocess = usual
+    replicas = [f"replica {i}" for i in range(len(mii_config.model_conf.replica_configs))]
+    names = [*replicas, guard.BALANCER, guard.GATEWAY][: len(commands)]
+    directory = deployment_directory(mii_config.deployment_name)
+    guard.clear(directory)
+    process = subprocess.Popen([sys.executable, "-m", guard.__name__, str(directory)], stdin=subprocess.PIPE)
+    process.stdin.write(json.dumps(list(zip(names, commands, strict=True))).encode())
+    process.stdin.close()
+    return [process]
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a guard, which ends all that it started."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        guard.end_tree(process.pid)
+        process.kill()
+        process.wait()
+
+
+def _wait_until_live(_original, self, processes, deployment) -> None:
+    """Waits until all ports of the deployment are open. Raises ``ServerFailed`` with the reason if it ends before."""
+    (process,) = processes
+    config = self._mii_config
+    waiting = {(replica.hostname, port) for replica in deployment for port in replica.tensor_parallel_ports}
+    waiting.add(("localhost", config.port_number))
+    if config.enable_restful_api:
+        waiting.add((config.restful_api_host, config.restful_api_port))
+    try:
+        while waiting:
+            if process.poll() is not None:
+                reason = guard.failure(deployment_directory(config.deployment_name)) or guard.status_text(
+                    process.returncode
+                )
+                raise ServerFailed(f"the server of {config.model_conf.model_name_or_path} did not start: {reason}")
+            waiting = {address for address in waiting if not self._is_socket_open(*address)}
+            time.sleep(0.1)
+    except BaseException:
+        stop(process)
+        raise
+    # Nobody else takes note of its end.
+    threading.Thread(target=process.wait, daemon=True).start()
+
+
 def _wrap_start() -> None:
     from mii.backend.server import MIIServer
 
     wrap(MIIServer, "__init__", _init)
     wrap(MIIServer, "_generate_ds_launch_str", _launcher)
+    wrap(MIIServer, "_initialize_service", _initialize_service)
     wrap(MIIServer, "_wait_until_server_is_live", _wait_until_live)
 
 
+def _do_serve(original, service_impl, port, interceptors=()) -> None:
+    """gRPC shares a port with whoever else listens on it, and each gets some of the requests."""
+    if not is_free(port):
+        raise OSError(errno.EADDRINUSE, f"port {port} is in use")
+    original(service_impl, port, list(interceptors))
+
+
+def _service_init(original, self, async_pipeline=None) -> None:
+    """A rank whose generation thread has ended serves no more."""
+    original(self, async_pipeline=async_pipeline)
+
+    def end() -> None:
+        async_pipeline.thread.join()
+        time.sleep(LAST_WORDS)
+        self.get_stop_event().set()
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _serve_inference(original, async_pipeline, port) -> None:
+    original(async_pipeline, port)
+    try:
+        check_running(async_pipeline)
+    except RuntimeError:
+        # Threads that still wait for something must not keep the process.
+        last = threading.Timer(PATIENCE, os._exit, (1,))
+        last.daemon = True
+        last.start()
+        raise
+
+
+def _record_failures() -> None:
+    """In a process of a deployment, an exception that ends it is left for the guard to read."""
+    if guard.VARIABLE not in os.environ:
+        return
+    directory, usual = Path(os.environ[guard.VARIABLE]), sys.excepthook
+
+    def excepthook(kind, error, traceback) -> None:
+        guard.record(directory, error)
+        usual(kind, error, traceback)
+
+    sys.excepthook = excepthook
+
+
+def _wrap_processes() -> None:
+    from mii.grpc_related import modelresponse_server
+
+    _record_failures()
+    wrap(modelresponse_server, "_do_serve", _do_serve)
+    wrap(modelresponse_server, "serve_inference", _serve_inference)
+    wrap(modelresponse_server.ModelResponse, "__init__", _service_init)
+
+
 HOOKS = (
-    Hook("mii.grpc_related.modelresponse_server", "streams that failed left their client waiting", _wrap_streams),
-    Hook("mii.backend.server.MIIServer", "its launcher, its ranks, its end", _wrap_start),
+    Hook("mii.backend.server.MIIServer", "its checks, its launcher, its ranks, its end", _wrap_start),
+    Hook("mii.grpc_related.modelresponse_server", "ports, and ranks that fail", _wrap_processes),
 )
