@@ -12,7 +12,9 @@ COMMANDS = {
     "linear": "the FP6 linear layer against torch's, for shapes of well-known models",
     "quantize": "quantization to packed codes, for shapes of well-known models",
     "generate": "loading and generating with a model of any shape and random weights",
+    "step": "one step of the engine: time by class of kernel, and the floor",
     "loading": "reading, moving and loading a checkpoint of a model's shape",
+    "serving": "throughput and latency of a server under load, with real or random weights",
     "perplexity": "held-out perplexity of a checkpoint in each quantization mode",
 }
 

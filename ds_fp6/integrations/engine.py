@@ -47,6 +47,19 @@ def step(engine: InferenceEngineV2, tokens: dict[int, torch.Tensor]) -> torch.Te
     return engine.put(list(tokens), list(tokens.values()), do_checks=False)
 
 
+def fill_cache(engine: InferenceEngineV2, contexts: dict[int, int]) -> None:
+    """Starts sequences of random keys and values, as if so many tokens by sequence id had been computed. For
+    benchmarks of long contexts: what the sequences then generate means nothing.
+    """
+    for cache in engine._state_manager._kv_cache._caches:
+        cache.normal_()
+    for uid, tokens in contexts.items():
+        sequence = engine._state_manager.get_or_create_sequence(uid)
+        engine.model().maybe_allocate_kv(sequence, tokens)
+        sequence.pre_forward(tokens)
+        sequence.post_forward()
+
+
 def generate(
     engine: InferenceEngineV2, prompts: Sequence[torch.Tensor], new_tokens: int
 ) -> tuple[torch.Tensor, list[float]]:
