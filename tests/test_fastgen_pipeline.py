@@ -110,6 +110,21 @@ def test_refused_request_leaves_the_pipeline_as_it_was(pipe, case):
     assert pipe.inference_engine.free_blocks == [KV_BLOCKS]
 
 
+def test_greedy_requests_leave_the_logits_as_they_are(pipe):
+    from mii.batching.ragged_batching import Request
+
+    def processing(**kwargs) -> list[str]:
+        settings = {"top_p": 0.7, "top_k": 4, "temperature": 0.5, **kwargs}
+        request: Request = pipe.make_request(0, 0, torch.tensor([1, 2]), settings)
+        return sorted({name.partition("_")[0] for name in request.post_processing} - {"Stop"})
+
+    assert processing(do_sample=True) == ["Sampler", "Temp", "TopK", "TopP"]
+    assert processing(do_sample=False) == ["Sampler"]
+    plain = greedy(pipe, "7 1 3", "9")
+    narrow = pipe(["7 1 3", "9"], max_new_tokens=8, do_sample=False, ignore_eos=True, top_k=1, top_p=0.1)
+    assert [response.generated_text for response in narrow] == plain
+
+
 def test_failure_while_generating_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
     before = greedy(pipe, "5 6 7")
     forward, calls = type(pipe.inference_engine.model()).forward, []

@@ -26,6 +26,7 @@ REPAIRS = (
     Repair("restful-gateway", "terminate_server left the RESTful gateway running"),
     Repair("rank-count", "a launcher that started more or fewer ranks than tensor_parallel left them waiting"),
     Repair("launcher", "mii.serve failed without deepspeed on the PATH, and with more ranks than NUMA nodes (CPU)"),
+    Repair("greedy", "requests that take the likeliest token sorted the vocabulary at each step, for top-p"),
     Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
 )
 

@@ -24,7 +24,18 @@ def _make_request(original, self, tid, uid, input_tokens, kwargs):
     new_tokens = kwargs.get("max_new_tokens")
     if new_tokens is not None and new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {new_tokens}")
-    return original(self, tid, uid, input_tokens, kwargs)
+    request = original(self, tid, uid, input_tokens, kwargs)
+    _leave_out_what_greedy_ignores(request)
+    return request
+
+
+def _leave_out_what_greedy_ignores(request) -> None:
+    """The likeliest token stays the likeliest under top-p, which MII sorts the vocabulary for, top-k and temperature."""
+    from mii.batching.constants import SAMPLER_NAME, TEMP_NAME, TOP_K_NAME, TOP_P_NAME
+
+    if f"{SAMPLER_NAME}_greedy" in request.post_processing:
+        ignored = (TOP_P_NAME, TOP_K_NAME, TEMP_NAME)
+        request.post_processing = [name for name in request.post_processing if not name.startswith(ignored)]
 
 
 def _reset_request_status(original, self) -> None:
