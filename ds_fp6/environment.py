@@ -33,6 +33,7 @@ def report() -> dict[str, Any]:
         "hooks": hooks,
         "repairs": _repairs(hooks),
         "compilers": {"c++": _first_line(os.environ.get("CXX", "c++")), "nvcc": _first_line(_nvcc(), last=True)},
+        "engine": _engine(),
         "extensions": {ops.builder(key).NAME: ops.builder(key).status() for key in ("CPU", "CUDA")},
         "devices": devices,
         "modes": modes,
@@ -74,6 +75,23 @@ def _repairs(hooks: dict[str, str]) -> list[dict[str, str]]:
     active = [autoload.HOOKED[package] for package, state in hooks.items() if state == "installed"]
     repairs = [repair for module in active for repair in importlib.import_module(module).REPAIRS]
     return [{"name": repair.name, "repairs": repair.repairs} for repair in repairs]
+
+
+def _engine() -> dict[str, dict[str, str]]:
+    """What the engine would use on this machine, and why; a setting that is refused is its own explanation."""
+    from ds_fp6.integrations.deepspeed import attention, graphs
+
+    cpu = not torch.cuda.is_available()
+    found = {}
+    for name, chosen in (("attention", attention.chosen), ("cuda graphs", graphs.chosen)):
+        try:
+            use, why = chosen(cpu)
+            found[name] = {"use": {True: "on", False: "off"}.get(use, use), "why": why}
+        except ValueError as error:
+            found[name] = {"use": "refused", "why": str(error)}
+    if cpu and found["attention"]["use"] == "upstream":
+        found["attention"]["use"] = "the CPU's operators"
+    return found
 
 
 def _nvcc() -> str:
@@ -162,6 +180,7 @@ def render(found: dict[str, Any]) -> str:
         if extension["state"] == "not built":
             lines += [f"    cannot be built: {lacking}" for lacking in extension["missing"]]
     lines += [f"  {name}: {version or 'not found'}" for name, version in found["compilers"].items()]
+    lines += ["", "engine", *(f"  {name}: {part['use']} ({part['why']})" for name, part in found["engine"].items())]
     lines += ["", "hooks", *(f"  {package}: {state}" for package, state in found["hooks"].items())]
     lines += ["", "repaired", *(f"  {repair['name']}: {repair['repairs']}" for repair in found["repairs"])]
     lines += ["", "quantization modes", *_modes_as_text(found["modes"])]

@@ -25,3 +25,21 @@ def test_attention_follows_triton_and_the_variable(monkeypatch):
     monkeypatch.setenv(attention.VARIABLE, "flash")
     with pytest.raises(ValueError, match="must be triton or upstream, got 'flash'"):
         attention.chosen(cpu=False)
+
+
+def test_environment_says_what_is_in_use_and_why(monkeypatch, capsys):
+    import torch
+
+    from ds_fp6 import environment
+
+    monkeypatch.delenv(attention.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = {"use": "the CPU's operators", "why": "the engine runs on a CPU"}
+    assert environment._engine() == {"attention": here, "cuda graphs": {**here, "use": "off"}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_ops, "problem", lambda: None)
+    assert environment._engine()["cuda graphs"] == {"use": "on", "why": "default on a GPU"}
+    monkeypatch.setenv(attention.VARIABLE, "flash")
+    found = environment._engine()
+    assert found["attention"]["use"] == "refused" and "got 'flash'" in found["attention"]["why"]

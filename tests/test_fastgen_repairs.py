@@ -184,30 +184,6 @@ def test_attention_has_room_for_every_atom(tmp_path):
     assert len(attention._atoms) == len(attention._atoms_shadow) == worst
 
 
-def test_put_waits_for_the_copies_of_the_batch_before(tmp_path, monkeypatch):
-    """On a GPU, whose copies are asynchronous; here with events that only keep a log."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.inference.v2 import build_hf_engine
-    from deepspeed.inference.v2.ragged import RaggedBatchWrapper
-
-    log = []
-
-    class Event:
-        def record(self):
-            log.append("record")
-
-        def synchronize(self):
-            log.append("wait")
-
-    engine = build_hf_engine(models.save(models.build("llama"), tmp_path), engine_config())
-    monkeypatch.setattr(type(get_accelerator()), "Event", Event)
-    finalize = RaggedBatchWrapper.finalize
-    monkeypatch.setattr(RaggedBatchWrapper, "finalize", lambda self: (log.append("write"), finalize(self)))
-    for token in range(3):
-        engine.put([0], [torch.tensor([token])])
-    assert log == ["write", "record", "wait", "write", "record", "wait", "write", "record"]
-
-
 def test_experts_stay_dense_and_it_is_said_once(tmp_path, monkeypatch):
     from deepspeed.inference.v2 import build_hf_engine
     from deepspeed.utils import logger

@@ -28,7 +28,7 @@ REPAIRS = (
     Repair("config-checks", "settings that the engine would ignore are refused before the checkpoint is read"),
     Repair("attention-atoms", "long prompts overran the atom buffer when max_ragged_sequence_count was small"),
     Repair("put-checks", "InferenceEngineV2.put(do_checks=True) and can_schedule raised TypeError"),
-    Repair("batch-buffers", "two puts without reading the first one's logits raced on pinned host buffers (GPU)"),
+    Repair("batch-buffers", "two puts with nothing read between them raced on pinned host buffers and on the logits"),
     Repair("single-process", "build_hf_engine without a launcher asked for mpi4py"),
     Repair("load-memory", "loading read whole shards, and copied the model once more into one buffer"),
     Repair("tied-embeddings", "tied embeddings loaded for qwen2 only; an untied OPT lost its LM head"),
@@ -51,10 +51,10 @@ def _startup_hooks() -> tuple[Hook, ...]:
 
 def _engine_hooks() -> tuple[Hook, ...]:
     from ds_fp6.integrations import checkpoint, load_format
-    from ds_fp6.integrations.deepspeed import attention, engine, kernels, models, quantization
+    from ds_fp6.integrations.deepspeed import attention, batch, engine, graphs, kernels, models, quantization
 
     loading = Hook("deepspeed.inference.v2.checkpoint", "reads checkpoints tensor by tensor", checkpoint.install)
-    own = engine.HOOKS + attention.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
+    own = engine.HOOKS + batch.HOOKS + attention.HOOKS + graphs.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
     return (loading,) + load_format.HOOKS + own
 
 

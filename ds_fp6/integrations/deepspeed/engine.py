@@ -128,35 +128,8 @@ def _replace_allocator() -> None:
     replace(blocked_allocator, "BlockedAllocator", BlockAllocator)
 
 
-def _prepare_batch(original, self, wrapped_batch) -> None:
-    """Marks the point after which the batch's pinned host buffers may be written again."""
-    from deepspeed.accelerator import get_accelerator
-
-    original(self, wrapped_batch)
-    if get_accelerator().Event is not None:
-        wrapped_batch._copied = get_accelerator().Event()
-        wrapped_batch._copied.record()
-
-
-def _clear(original, self) -> None:
-    """Waits until the device has copied the batch before: the next one is written into the same host buffers."""
-    copied = self.__dict__.pop("_copied", None)
-    if copied is not None:
-        copied.synchronize()
-    original(self)
-
-
-def _wrap_batch() -> None:
-    from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSTransformerModelBase
-    from deepspeed.inference.v2.ragged import RaggedBatchWrapper
-
-    wrap(DSTransformerModelBase, "prepare_batch", _prepare_batch)
-    wrap(RaggedBatchWrapper, "clear", _clear)
-
-
 HOOKS = (
     Hook("deepspeed.inference.v2.InferenceEngineV2.can_schedule", "put(do_checks=True) raised", _replace_can_schedule),
-    Hook("deepspeed.inference.v2.ragged.RaggedBatchWrapper.clear", "GPU: overwrote buffers in use", _wrap_batch),
     Hook("deepspeed.inference.v2.allocator.empty_from", "kept buffers alive", _replace_empty_from),
     Hook("DSDenseBlockedAttention.__init__", "its atom buffer was too small", _wrap_attention),
     Hook("deepspeed.inference.v2.ragged.BlockedKVCache.__init__", "CPU: a cap on the KV cache", _wrap_kv_cache),

@@ -12,13 +12,15 @@ import weakref
 import torch
 
 from ds_fp6.integrations.deepspeed.accelerator import local_rank, on_cpu
+from ds_fp6.integrations.deepspeed.graphs import reserved_blocks
 from ds_fp6.integrations.patching import Hook, wrap
 
 
 def kv_capacity(engine) -> int:
-    """Tokens that the KV cache of an ``InferenceEngineV2`` holds."""
-    cache = engine._state_manager._kv_cache._caches[0]
-    return cache.shape[1] * cache.shape[2]
+    """Tokens that the KV cache of an ``InferenceEngineV2`` holds for its sequences."""
+    kv_cache = engine._state_manager._kv_cache
+    _, blocks, block_size, *_ = kv_cache._caches[0].shape
+    return (blocks - reserved_blocks(kv_cache)) * block_size
 
 
 def _port_is_free(port: int) -> bool:

@@ -1,0 +1,301 @@
+"""CUDA graphs of decode steps.
+
+A batch of one token a sequence is filled up to one of a few sizes. The first step of a size runs as usual and is then
+captured; later ones replay it, which spares the host a thousand launches. Every address that a step uses is the same
+each time: the batch's tensors, the modules' outputs and the KV cache are allocated once, and what the step allocates
+itself lies in the graphs' own pool. Sequences that fill a batch up have a cache block of their own, which nobody
+reads, and their logits are dropped.
+
+Steps that take prompts in are never captured; nor are models with experts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from ds_fp6.integrations.deepspeed import attention
+from ds_fp6.integrations.deepspeed.accelerator import on_cpu
+from ds_fp6.integrations.patching import Hook, wrap
+
+#: ``1`` or ``0``; unset is 1.
+VARIABLE = "DS_FP6_CUDA_GRAPHS"
+
+#: How much memory of a GPU graphs may take, such as ``512M``: once they have, no other size is captured.
+MEMORY_VARIABLE = "DS_FP6_CUDA_GRAPHS_MEMORY"
+DEFAULT_MEMORY = "512M"
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+#: Batches of up to 8 are filled up to a power of two: kernels take 8 tokens in the time of one.
+_SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+
+def chosen(cpu: bool) -> tuple[bool, str]:
+    """Whether decode steps are captured, and why or why not. ``cpu``: whether the engine runs on a CPU.
+
+    Raises ``ValueError`` for another value of the variable.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {text!r}")
+    if text == "0":
+        return False, f"{VARIABLE}=0"
+    if cpu:
+        return False, "the engine runs on a CPU"
+    choice, why = attention.chosen(cpu)
+    if choice != "triton":
+        return False, f"DeepSpeed's attention cannot be captured ({why})"
+    return True, f"{VARIABLE}=1" if text else "default on a GPU"
+
+
+def memory_budget() -> int:
+    """Bytes that graphs may take. Raises ``ValueError`` for a variable that is no size."""
+    text = os.environ.get(MEMORY_VARIABLE, "").strip() or DEFAULT_MEMORY
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{MEMORY_VARIABLE} must be a size such as 512M or 2G, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def sizes(limit: int) -> tuple[int, ...]:
+    """The sizes that batches are filled up to, the last of them ``limit``: at most half a batch of 64 is filling."""
+    found = [size for size in _SMALL_SIZES if size < limit]
+    size = 96
+    while size < limit:
+        found.append(size)
+        size += 32 if size < 256 else 64
+    return (*found, limit)
+
+
+class Device(Protocol):
+    """What captures a step, and what it costs."""
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """A function that does again what ``run`` does, without calling it, and returns the tensor that it did."""
+
+    def used_bytes(self) -> int:
+        """Memory of the device that is taken, by whomever."""
+
+    def agree(self, ready: bool) -> bool:
+        """Whether all ranks are ready."""
+
+
+class CudaDevice:
+    """Graphs that share one pool of memory: only one of them runs at a time."""
+
+    def __init__(self, group) -> None:
+        self._group = group
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of this process may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            captured = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return captured
+
+        return replay
+
+    def used_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    def agree(self, ready: bool) -> bool:
+        if torch.distributed.get_world_size(group=self._group) == 1:
+            return ready
+        flag = torch.tensor(int(ready), device="cuda")
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._group)
+        return bool(flag.item())
+
+
+class DecodeGraphs:
+    """Captured decode steps of one engine.
+
+    Args:
+        run: the model's own forward, from a batch to logits [sequences, vocabulary].
+        limit: sequences in the largest batch.
+        scratch: address of an int32 list with the number of a cache block that nobody reads.
+        device: what captures.
+        budget: bytes after which nothing more is captured.
+    """
+
+    def __init__(self, run: Callable, limit: int, scratch: int, device: Device, budget: int) -> None:
+        self._run, self._scratch, self._device, self._budget = run, scratch, device, budget
+        self._sizes = sizes(limit)
+        self._captured: dict[int, Callable[[], torch.Tensor]] = {}
+        self._bytes = 0
+        #: Why nothing more is captured, None while it is.
+        self.closed: str | None = None
+        #: Sequences of the batch in hand that are not filling; None where it is no decode step of a captured size.
+        self._real: int | None = None
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """The sizes that have been captured."""
+        return tuple(sorted(self._captured))
+
+    def _size(self, sequences: int) -> int | None:
+        size = next(size for size in self._sizes if size >= sequences)
+        return size if size in self._captured or self.closed is None else None
+
+    def pad(self, batch) -> None:
+        """Fills a batch of one token a sequence up to a captured size, with first tokens that go to the scratch block.
+
+        To be called once the batch is complete and before it is sent to the device.
+        """
+        self._real = None
+        real = batch._current_sequences
+        counts = batch._inflight_seq_descriptors_shadow_buf[1::4]
+        if real == 0 or counts.count(1) != real:
+            return
+        size = self._size(real)
+        if size is None:
+            return
+        self._real = real
+        for i in range(real, size):
+            batch._inflight_seq_descriptors_shadow_buf += [i, 1, 0, 0]
+            batch._token_to_seq_storage_shadow_buf.append(i)
+            batch._kv_blocks_ptr_buf.append(self._scratch)
+        if size > real:
+            batch._batch_tokens.append(torch.zeros(size - real, dtype=torch.int64))
+        batch._current_tokens = batch._current_sequences = size
+
+    def forward(self, batch) -> torch.Tensor:
+        """The model's logits for the batch, from a captured step where there is one."""
+        if self._real is None:
+            return self._run(batch)
+        size, real = batch._current_sequences, self._real
+        replay = self._captured.get(size)
+        try:
+            logits = replay() if replay is not None else self._first(batch, size)
+        finally:
+            batch._current_tokens = batch._current_sequences = real
+        return logits[:real]
+
+    def _first(self, batch, size: int) -> torch.Tensor:
+        """Runs a step of a new size, which also compiles and allocates what it needs, then captures it."""
+        logits = self._run(batch)
+        if not self._device.agree(self._bytes < self._budget):
+            self._close(f"graphs take {self._bytes >> 20} MiB of {self._budget >> 20} ({MEMORY_VARIABLE})")
+            return logits
+        before, problem, replay = self._device.used_bytes(), None, None
+        try:
+            replay = self._device.capture(lambda: self._run(batch))
+        except Exception as error:
+            problem = f"a step of {size} sequences could not be captured: {error}"
+        if not self._device.agree(problem is None):
+            self._close(problem or "another rank could not capture")
+            return logits
+        self._bytes += max(0, self._device.used_bytes() - before)
+        self._captured[size] = replay
+        return logits
+
+    def _close(self, why: str) -> None:
+        from deepspeed.utils import logger
+
+        self.closed = why
+        logger.warning(f"ds_fp6: no more CUDA graphs, sizes {self.captured} are captured: {why}")
+
+
+def model_problem(model) -> str | None:
+    """Why the decode steps of a model cannot be captured, None where they can."""
+    from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSMoETransformerModelBase
+
+    if isinstance(model, DSMoETransformerModelBase):
+        return "the model has experts"
+    if type(model.attn).__name__ != "TritonAttention":
+        return "the model runs DeepSpeed's attention"
+    return None
+
+
+def attach(engine, device: Device, budget: int | None = None) -> DecodeGraphs:
+    """Lets an ``InferenceEngineV2`` capture and replay its decode steps from now on.
+
+    Takes one block of the engine's KV cache. Raises ``ValueError`` where none is free.
+    """
+    state = engine._state_manager
+    limits = engine._config.state_manager
+    block = state.allocate_blocks(1)
+    state._kv_cache._reserved_blocks = 1
+    scratch = block.to(device=state.get_cache(0).device, dtype=torch.int32)
+    # The model has the graphs, so these must not keep it alive.
+    model = weakref.ref(engine._model)
+    graphs = DecodeGraphs(
+        lambda batch: type(model()).forward(model(), batch), min(limits.max_ragged_sequence_count, limits.max_ragged_batch_size),
+        scratch.data_ptr(), device, memory_budget() if budget is None else budget,
+    )  # fmt: skip
+    graphs.scratch_list = scratch
+    engine._batch._padder = graphs
+    engine._model.forward = graphs.forward
+    return graphs
+
+
+def reserved_blocks(kv_cache) -> int:
+    """Blocks of a ``BlockedKVCache`` that no sequence can have."""
+    return getattr(kv_cache, "_reserved_blocks", 0)
+
+
+def _init_engine(original, self, policy, engine_config) -> None:
+    original(self, policy, engine_config)
+    from deepspeed.utils import logger
+
+    use, why = chosen(on_cpu())
+    problem = model_problem(self._model) if use else why
+    if use and problem is None and min(self._state_manager.free_blocks) < 2:
+        problem = "the KV cache has no block to spare"
+    if problem is None:
+        attach(self, CudaDevice(self._base_mp_group))
+    elif use:
+        logger.info(f"ds_fp6: decode steps are not captured: {problem}")
+
+
+def _init_cache(original, self, configs, memory_config, mp_group=None, offload=False) -> None:
+    """A cache of a given number of blocks gets one more for filling."""
+    from deepspeed.inference.v2.ragged.manager_configs import AllocationMode, MemoryConfig
+
+    if chosen(on_cpu())[0] and AllocationMode(memory_config.mode) is AllocationMode.ALLOCATE:
+        memory_config = MemoryConfig(mode=AllocationMode.ALLOCATE, size=memory_config.size + 1)
+    original(self, configs, memory_config, mp_group=mp_group, offload=offload)
+
+
+def blas_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``out = x · weightᵀ`` on torch's current stream: x [..., K], weight [N, K], out [..., N or wider].
+
+    DeepSpeed's own always runs on the default stream, where it would not be captured.
+    """
+    weight = weight.as_subclass(torch.Tensor)
+    torch.mm(
+        x.reshape(-1, x.shape[-1]), weight.t(), out=out.view(-1, out.shape[-1])[:, : weight.shape[0]]
+    )  # fmt: skip
+    return out
+
+
+def _init_blas(original, self, fp_dtype) -> None:
+    original(self, fp_dtype)
+    if chosen(on_cpu())[0]:
+        self.kernel = blas_linear
+
+
+def _wrap_engine() -> None:
+    from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
+    from deepspeed.inference.v2.kernels.core_ops import BlasLibLinear
+    from deepspeed.inference.v2.ragged.kv_cache import BlockedKVCache
+
+    wrap(InferenceEngineV2, "__init__", _init_engine)
+    wrap(BlockedKVCache, "__init__", _init_cache)
+    wrap(BlasLibLinear, "__init__", _init_blas)
+
+
+HOOKS = (
+    Hook("InferenceEngineV2.__init__, BlasLibLinear", "GPU: decode steps are captured and replayed", _wrap_engine),
+)
