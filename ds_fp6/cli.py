@@ -47,6 +47,8 @@ def _forward(command: str, *arguments: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds-fp6", description="FP6-centric LLM serving.")
     parser.add_argument("--version", action="version", version=f"ds_fp6 {__version__}")
+    # DeepSpeed's launcher puts it before the command; the rank is in the environment as well.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     env = commands.add_parser("env", help="what this machine has and which quantization modes it can run")

@@ -13,9 +13,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ds_fp6.integrations.mii.sampling import Sampling
 from ds_fp6.serving import errors
-from ds_fp6.serving.chat import ChatCompletion, read_template, render
+from ds_fp6.serving.chat import ChatCompletion, render
 from ds_fp6.serving.completions import Completion
-from ds_fp6.serving.connection import EventStream, json_answer
+from ds_fp6.serving.connection import EventStream, while_connected
 from ds_fp6.serving.engine import Engine
 from ds_fp6.serving.errors import ApiError
 from ds_fp6.serving.gate import Gate, Keys
@@ -33,7 +33,6 @@ class Server:
         pipeline = engine.pipeline
         self.settings, self.engine, self.metrics = settings, engine, Metrics(engine)
         self.tokenizer = pipeline.tokenizer.tokenizer
-        self.template = read_template(settings.chat_template)
         self.prompts = Prompts(self.tokenizer, pipeline.vocab_size, pipeline.max_length)
         self.started = int(time.time())
 
@@ -45,8 +44,7 @@ class Server:
         wrong = [token for token in request.logit_bias or {} if not 0 <= token < self.prompts.vocabulary]
         if wrong:
             raise ApiError(400, f"logit_bias names token {wrong[0]}, which the model does not have", "logit_bias")
-        if self.engine.failure is not None:
-            raise ApiError(503, f"generation stopped because of {self.engine.failure}")
+        self.engine.check()
 
     def generate(self, request: GenerationRequest, prompts: list[list[int]], limit: int | None, **more) -> Generation:
         wanted = Wanted(
@@ -63,10 +61,16 @@ class Server:
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
 
-    async def answer(self, http: Request, request: GenerationRequest, answer: Completion | ChatCompletion) -> Response:
+    async def answer(
+        self, http: Request, request: GenerationRequest, generation: Generation, answer: Completion | ChatCompletion
+    ) -> Response:
+        """Whatever ends the answer, no sequence goes on without it."""
         if request.stream:
-            return EventStream(answer.chunks())
-        return JSONResponse(await json_answer(http, answer.whole()))
+            return EventStream(answer.chunks(), generation.cancel)
+        try:
+            return JSONResponse(await while_connected(http.receive, answer.whole()))
+        finally:
+            generation.cancel()
 
     def model(self, name: str) -> dict[str, Any]:
         return {
@@ -102,8 +106,7 @@ def create_app(settings: Settings, engine: Engine, on_drained: Callable[[], None
     @app.get("/health")
     async def health() -> Response:
         """200 while tokens can be generated, 503 after a failure."""
-        if engine.failure is not None:
-            raise ApiError(503, f"generation stopped because of {engine.failure}")
+        engine.check()
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -128,14 +131,14 @@ def create_app(settings: Settings, engine: Engine, on_drained: Callable[[], None
             request, prompts, request.max_tokens, logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
         )  # fmt: skip
-        return await server.answer(http, request, Completion(request, prompts, generation))
+        return await server.answer(http, request, generation, Completion(request, prompts, generation))
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: Request) -> Response:
         server.check(request)
-        text = render(server.tokenizer, server.template, request.messages)
+        text = render(server.tokenizer, settings.chat_template, request.messages)
         prompts = [server.prompts.encode(text, add_special_tokens=False)]
         generation = server.generate(request, prompts, request.limit, logprobs=request.top)
-        return await server.answer(http, request, ChatCompletion(request, generation))
+        return await server.answer(http, request, generation, ChatCompletion(request, generation))
 
     return app

@@ -5,26 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ds_fp6.serving.errors import ApiError
 from ds_fp6.serving.generation import Choice, Generation
 from ds_fp6.serving.protocol import ChatRequest, Message
 from ds_fp6.serving.text import Token
-
-
-def read_template(given: str | None) -> str | None:
-    """A chat template from a file's path or from the template's own text.
-
-    Raises ``FileNotFoundError`` for what is neither: no file, and no Jinja tag in it.
-    """
-    if given is None or "{{" in given or "{%" in given:
-        return given
-    path = Path(given)
-    if not path.is_file():
-        raise FileNotFoundError(f"chat template {given!r} is no file, and no template either")
-    return path.read_text()
 
 
 def render(tokenizer: Any, template: str | None, messages: Sequence[Message]) -> str:

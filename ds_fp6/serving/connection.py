@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -41,23 +40,25 @@ async def while_connected(receive: Receive, answer: Awaitable[Result]) -> Result
             await work
 
 
-async def json_answer(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    return await while_connected(request.receive, answer)
-
-
 class EventStream(Response):
-    """Server-sent events: a ``data:`` line for each chunk, an error as the last one if there is one, ``[DONE]``."""
+    """Server-sent events: a ``data:`` line for each chunk, an error as the last one if there is one, ``[DONE]``.
+
+    ``on_end`` is called once nothing more is sent, also if nothing was.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], on_end: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._chunks = chunks
+        self._chunks, self._on_end = chunks, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ApiError):
-            await while_connected(receive, self._send(send))
+        try:
+            with contextlib.suppress(ApiError):
+                await while_connected(receive, self._send(send))
+        finally:
+            self._on_end()
 
     async def _send(self, send: Send) -> None:
         try:
@@ -66,7 +67,8 @@ class EventStream(Response):
                 async for chunk in self._chunks:
                     await send(_event(json.dumps(chunk, ensure_ascii=False)))
             except Exception as error:
-                failure = ApiError(500, f"{type(error).__name__}: {error}")
+                known = isinstance(error, ApiError)
+                failure = error if known else ApiError(500, f"{type(error).__name__}: {error}")
                 await send(_event(json.dumps(failure.body, ensure_ascii=False)))
             await send(_event("[DONE]"))
             await send({"type": "http.response.body", "body": b"", "more_body": False})

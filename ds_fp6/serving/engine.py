@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ds_fp6.serving.errors import ApiError
+
 if TYPE_CHECKING:
     from ds_fp6.integrations.mii.sampling import Sampling
     from ds_fp6.integrations.mii.serving import ServedSequence, ServingPipeline, Step
@@ -21,10 +23,10 @@ class Mailbox:
         self.put = self._queue.put_nowait
 
     async def get(self) -> tuple[int, Step]:
-        """(uid, step) of any of the sequences. Raises what made their generation fail."""
+        """(uid, step) of any of the sequences. Raises ``ApiError`` 500 if generation has failed."""
         uid, step = await self._queue.get()
         if isinstance(step, BaseException):
-            raise RuntimeError(f"generation stopped: {step}") from step
+            raise ApiError(500, f"generation stopped because of {type(step).__name__}: {step}") from step
         return uid, step
 
 
@@ -61,10 +63,17 @@ class Engine:
     def failure(self) -> BaseException | None:
         return self.pipeline.failure
 
+    def check(self) -> None:
+        """Raises ``ApiError`` 503 once generation has failed."""
+        if self.failure is not None:
+            kind = type(self.failure).__name__
+            raise ApiError(503, f"generation stopped because of {kind}: {self.failure}") from self.failure
+
     def submit(
         self, mailbox: Mailbox, tokens: Sequence[int], sampling: Sampling, max_new_tokens: int, **options
     ) -> ServedSequence:
         """Queues a prompt, see ``ServingPipeline.submit``; its steps go to ``mailbox``."""
+        self.check()
         sequence = self.pipeline.submit(tokens, sampling, max_new_tokens, **options)
         # No step of it can have arrived: they come through this loop.
         self._mailboxes[sequence.uid] = mailbox

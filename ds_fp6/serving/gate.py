@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ds_fp6.serving.errors import ApiError
 from ds_fp6.serving.metrics import Metrics
 
+#: Paths that are counted apart.
+COUNTED = frozenset({"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"})
 #: Paths below it need a key.
 GUARDED = "/v1/"
 
@@ -39,7 +41,8 @@ class Keys:
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """A request's body. Raises ``ApiError`` 413 as soon as it is known to be longer than ``limit`` bytes."""
-    too_long = ApiError(413, f"the request is longer than {limit} bytes (--max-request-bytes)", code="request_too_large")
+    message = f"the request is longer than {limit} bytes (--max-request-bytes)"
+    too_long = ApiError(413, message, code="request_too_large")
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if length.isdigit() and int(length) > limit:
         raise too_long
@@ -83,8 +86,7 @@ class Gate:
         except ApiError as error:
             await error.response(scope, receive, noting_send)
         finally:
-            route = scope.get("route")
-            path = getattr(route, "path", None) or "other"
+            path = scope["path"] if scope["path"] in COUNTED else "other"
             self._metrics.requests.labels(path, str(status)).inc()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:

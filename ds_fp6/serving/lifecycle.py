@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -16,6 +16,9 @@ from ds_fp6.serving.settings import Settings
 
 if TYPE_CHECKING:
     from ds_fp6.integrations.mii.serving import ServingPipeline
+
+#: DeepSpeed's defaults: sequences and tokens in a batch, sequences with KV blocks.
+MOST_SEQUENCES, MOST_TOKENS, MOST_TRACKED = 512, 768, 2048
 
 #: Seconds for which clients may take their errors after a failure.
 FAREWELL_SECONDS = 5
@@ -65,15 +68,34 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def batch_limits(settings: Settings) -> dict[str, Any]:
+    """Fields of DeepSpeed's ``DSStateManagerConfig``, which wants more tokens in a batch than sequences.
+
+    Raises ``ValueError`` if the settings do not.
+    """
+    sequences, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    if sequences is None:
+        sequences = min(MOST_SEQUENCES, MOST_TOKENS if tokens is None else tokens - 1)
+    if tokens is None:
+        tokens = max(MOST_TOKENS, sequences + 1)
+    if not 0 < sequences < tokens:
+        raise ValueError(
+            f"--max-num-batched-tokens must be more than --max-num-seqs, and at least 2: got {tokens} and {sequences}"
+        )
+    limits = {
+        "max_ragged_sequence_count": sequences,
+        "max_ragged_batch_size": tokens,
+        "max_tracked_sequences": max(MOST_TRACKED, sequences),
+    }
+    if settings.num_kv_blocks is not None:
+        limits["memory_config"] = {"mode": "allocate", "size": settings.num_kv_blocks}
+    return limits
+
+
 def open_pipeline(settings: Settings) -> ServingPipeline:
     """Loads this rank's part of the model."""
     from ds_fp6.integrations.mii.serving import open_serving_pipeline
 
-    limits = {
-        "max_ragged_sequence_count": settings.max_num_seqs,
-        "max_ragged_batch_size": settings.max_num_batched_tokens,
-        "memory_config": settings.num_kv_blocks and {"mode": "allocate", "size": settings.num_kv_blocks},
-    }
     return open_serving_pipeline(
         settings.model,
         settings.quantization_mode,
@@ -81,7 +103,7 @@ def open_pipeline(settings: Settings) -> ServingPipeline:
         tokenizer=settings.tokenizer,
         tensor_parallel=settings.tensor_parallel,
         max_length=settings.max_model_len,
-        state_manager={name: value for name, value in limits.items() if value is not None},
+        state_manager=batch_limits(settings),
     )
 
 

@@ -72,12 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="requests in flight, beyond which others get status 429; default %(default)s")
     server.add_argument("--drain-seconds", type=_seconds, metavar="SECONDS", default=DEFAULTS.drain_seconds,
                         help="how long what runs may go on after SIGTERM or SIGINT; default %(default)s")
-    # DeepSpeed's launcher adds it; the rank is in the environment as well.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+
+
+def read_template(given: str | None) -> str | None:
+    """A chat template from a file's path or from the template's own text.
+
+    Raises ``FileNotFoundError`` for what is neither: no file, and no Jinja tag in it.
+    """
+    if given is None or "{{" in given or "{%" in given:
+        return given
+    path = Path(given)
+    if not path.is_file():
+        raise FileNotFoundError(f"chat template {given!r} is no file, and no template either")
+    return path.read_text()
 
 
 def settings(options: argparse.Namespace) -> Settings:
-    """Raises ``OSError`` for a file of keys that cannot be read, ``ValueError`` for one without keys."""
+    """Raises ``OSError`` for a file of keys or a template that cannot be read, ``ValueError`` without keys in it."""
     keys = list(options.api_key)
     if options.api_key_file is not None:
         found = [line.strip() for line in Path(options.api_key_file).read_text().splitlines() if line.strip()]
@@ -88,9 +99,12 @@ def settings(options: argparse.Namespace) -> Settings:
         raise ValueError("--api-key is empty")
     names = options.served_model_name or [options.model]
     taken = {name: getattr(options, name) for name in (
-        "model", "host", "port", "load_format", "tokenizer", "chat_template", "device", "tensor_parallel",
+        "model", "host", "port", "load_format", "tokenizer", "device", "tensor_parallel",
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kv_blocks", "max_request_bytes",
         "max_concurrent_requests", "drain_seconds",
     )}
     mode = None if options.quantization_mode == "none" else options.quantization_mode
-    return Settings(served_model_names=tuple(names), api_keys=tuple(keys), quantization_mode=mode, **taken)
+    template = read_template(options.chat_template)
+    return Settings(
+        served_model_names=tuple(names), api_keys=tuple(keys), quantization_mode=mode, chat_template=template, **taken
+    )

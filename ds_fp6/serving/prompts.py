@@ -33,7 +33,7 @@ class Prompts:
             return prompt
         try:
             encoded = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ApiError(400, str(error), "prompt") from error
         return [int(token) for token in encoded]
 

@@ -30,7 +30,7 @@ class StoppableText:
 
     Args:
         decode: token ids to text.
-        stops: the text ends before the first occurrence of any of them.
+        stops: the text ends before that of them which ends first in it.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
@@ -57,9 +57,10 @@ class StoppableText:
 
     def _let_out(self, new: str) -> Piece:
         self._held += new
-        found = [place for place in map(self._held.find, self._stops) if place >= 0]
+        # The one that ends first, so that the outcome does not depend on where tokens begin.
+        found = sorted((place + len(s), place) for s in self._stops if (place := self._held.find(s)) >= 0)
         self.stopped = bool(found)
-        count = min(found) if found else len(self._held) - self._longest_beginning()
+        count = found[0][1] if found else len(self._held) - self._longest_beginning()
         text, self._held = self._held[:count], "" if found else self._held[count:]
         tokens = tuple(token for place, token in self._tokens if place < count)
         self._tokens = [] if found else [(place - count, token) for place, token in self._tokens if place >= count]

@@ -17,6 +17,10 @@ import torch
 GREEDY_BELOW = 1e-4
 
 
+#: Told in place of lesser log probabilities.
+LEAST_LOGPROB = -9999.0
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the tokens of one sequence are chosen.
@@ -141,7 +145,8 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence
 
     ``counts`` says how many of the likeliest tokens each row reports.
     """
-    logprobs = logits.float().log_softmax(dim=-1)
+    # JSON has no infinities.
+    logprobs = logits.float().log_softmax(dim=-1).clamp(min=LEAST_LOGPROB)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     likeliest = logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1)
     rows = zip(tokens, own, likeliest.indices.tolist(), likeliest.values.tolist(), counts, strict=True)

@@ -28,6 +28,7 @@ from mii.batching.ragged_batching import MIIAsyncPipeline
 from mii.constants import GenerationFinishReason
 from mii.modeling.models import load_model
 from mii.modeling.tokenizers import load_tokenizer
+from transformers import AutoConfig, GenerationConfig
 
 from ds_fp6.integrations import load_format as formats
 from ds_fp6.integrations import mii as hooks
@@ -71,6 +72,7 @@ class ServingPipeline(MIIAsyncPipeline):
         super().__init__(inference_engine=inference_engine, tokenizer=tokenizer, model_config=model_config)
         limits = inference_engine._config.state_manager
         self.max_length = min(self.max_length, limits.max_context)
+        self.vocab_size = min(self.vocab_size, inference_engine.model().vocab_size)
         self.deliver: Callable[[list[tuple[int, Step | BaseException]]], None] = lambda outputs: None
         self.eos_token_ids = eos_token_ids(model_config.model_name_or_path, tokenizer)
         self.failure: BaseException | None = None
@@ -312,10 +314,17 @@ def _read(targets: list[_Target | None], logits: torch.Tensor) -> None:
 def eos_token_ids(model: str, tokenizer) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's, and those of the checkpoint's generation_config.json."""
     found = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError, ValueError):
-        more = json.loads((Path(model) / "generation_config.json").read_text()).get("eos_token_id")
-        found |= set(more) if isinstance(more, list) else {more}
+    with contextlib.suppress(OSError):
+        more = GenerationConfig.from_pretrained(model).eos_token_id
+        found |= set(more) if isinstance(more, (list, tuple)) else {more}
     return frozenset(token for token in found if isinstance(token, int))
+
+
+def check_length(model: str, max_length: int | None) -> None:
+    """Raises ``ValueError`` for sequences longer than the model's positions, before it is loaded."""
+    longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    if None not in (max_length, longest) and max_length > longest:
+        raise ValueError(f"max_length {max_length} is more than the model's {longest}")
 
 
 def open_serving_pipeline(
@@ -352,6 +361,7 @@ def open_serving_pipeline(
         max_length=max_length,
         inference_engine_config={"state_manager": limits},
     )
+    check_length(model_config.model_name_or_path, max_length)
     with formats.selected(load_format):
         engine = load_model(model_config)
         return ServingPipeline(engine, load_tokenizer(model_config), model_config)
