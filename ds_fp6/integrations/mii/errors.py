@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 from pathlib import Path
@@ -92,9 +93,22 @@ async def _stream(original, self, prompts, **options):
         raise _readable(error, deployment_directory(self.mii_config.deployment_name)) from error
 
 
+def _client_init(original, self, *args, **kwargs) -> None:
+    """MII takes the thread's event loop, which only the main thread has, and only before its first asyncio.run."""
+    policy = asyncio.get_event_loop_policy()
+    try:
+        loop = policy.get_event_loop()
+    except RuntimeError:
+        loop = None
+    if loop is None or loop.is_closed():
+        policy.set_event_loop(policy.new_event_loop())
+    original(self, *args, **kwargs)
+
+
 def _wrap_client() -> None:
     from mii.backend.client import MIIClient
 
+    wrap(MIIClient, "__init__", _client_init)
     wrap(MIIClient, "_request_async_response", _request)
     wrap(MIIClient, "_request_async_response_stream", _stream)
 

@@ -25,8 +25,15 @@ from ds_fp6.integrations.patching import Hook, wrap
 
 #: Seconds that a guard, told to end, has for ending its processes.
 PATIENCE = 3 * guard.INSISTENCE
+#: Variables: a file that takes what a server's processes print, and the seconds within which it must have started.
+LOG = "DS_FP6_SERVER_LOG"
+START_LIMIT = "DS_FP6_SERVER_START_LIMIT"
 #: Seconds that a rank whose generation failed has for answering its clients.
 LAST_WORDS = 0.5
+
+
+#: The guards of the deployments that this process started, by name.
+_guards: dict[str, subprocess.Popen] = {}
 
 
 class ServerFailed(RuntimeError):
@@ -130,10 +137,24 @@ def _initialize_service(original, self, mii_config) -> list[subprocess.Popen]:
     names = [*replicas, guard.BALANCER, guard.GATEWAY][: len(commands)]
     directory = deployment_directory(mii_config.deployment_name)
     guard.clear(directory)
-    process = subprocess.Popen([sys.executable, "-m", guard.__name__, str(directory)], stdin=subprocess.PIPE)
+    log = open(os.environ[LOG], "ab") if os.environ.get(LOG) else None
+    process = subprocess.Popen(
+        [sys.executable, "-m", guard.__name__, str(directory)], stdin=subprocess.PIPE, stdout=log, stderr=log
+    )
+    if log is not None:
+        log.close()
     process.stdin.write(json.dumps(list(zip(names, commands, strict=True))).encode())
     process.stdin.close()
+    _guards[mii_config.deployment_name] = process
     return [process]
+
+
+def end(deployment_name: str) -> None:
+    """Ends all processes of a deployment that this process started, whatever they are doing.
+
+    Raises ``KeyError`` for one that it did not start.
+    """
+    stop(_guards.pop(deployment_name))
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -155,8 +176,12 @@ def _wait_until_live(_original, self, processes, deployment) -> None:
     waiting.add(("localhost", config.port_number))
     if config.enable_restful_api:
         waiting.add((config.restful_api_host, config.restful_api_port))
+    limit = float(os.environ.get(START_LIMIT) or "inf")
+    deadline = time.monotonic() + limit
     try:
         while waiting:
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"the server of {config.model_conf.model_name_or_path} did not start in {limit:g} s")
             if process.poll() is not None:
                 reason = guard.failure(deployment_directory(config.deployment_name)) or guard.status_text(
                     process.returncode
