@@ -150,12 +150,16 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def test_more_than_one_rank_needs_a_launcher(monkeypatch):
+def test_ranks_need_a_launcher_on_one_machine(monkeypatch):
     import mii
 
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         mii.pipeline(str(EXAMPLES / "tiny-python-llama"), tensor_parallel=2)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="all 4 ranks of a model must be on one machine"):
+        mii.pipeline(str(EXAMPLES / "tiny-python-llama"), tensor_parallel=4)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def _wrap_parsing() -> None:
 
 def _check_ranks(tensor_parallel: int) -> None:
     """Raises ``ValueError`` in every rank of a launcher that started more or fewer than ``tensor_parallel`` ranks, or
-    more than there are devices. MII would wait for the missing ones, or fail in some of them only.
+    more than there are devices, or on several machines. MII would wait for the missing ones, or fail in some of them.
     """
     if "RANK" not in os.environ:
         if tensor_parallel > 1:
@@ -43,6 +43,9 @@ def _check_ranks(tensor_parallel: int) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks != tensor_parallel:
         raise ValueError(f"tensor_parallel is {tensor_parallel}, but the launcher started {ranks} ranks")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
+    if here < ranks:
+        raise ValueError(f"all {ranks} ranks of a model must be on one machine, but {here} of them are on this one")
     from deepspeed.accelerator import get_accelerator
 
     if not on_cpu() and local_rank() >= get_accelerator().device_count():
