@@ -10,8 +10,8 @@ import torch
 #: (tokens, tokens seen before) of each sequence. Blocks hold 64 or 128 tokens.
 DECODE = {
     "first tokens": [(1, 0), (1, 0)],
-    "mixed lengths": [(1, 5), (1, 300), (1, 63), (1, 777)],
-    "blocks just full": [(1, 63), (1, 127), (1, 128), (1, 255), (1, 64)],
+    "mixed lengths": [(1, 5), (1, 200), (1, 63), (1, 450)],
+    "blocks just full": [(1, 63), (1, 127), (1, 128), (1, 64)],
 }
 PREFILL = {
     "prompts": [(5, 0), (64, 0), (130, 0), (1, 0)],

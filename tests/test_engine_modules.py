@@ -12,9 +12,9 @@ from ds_fp6.integrations.deepspeed import attention, refusals, rotary
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares with the CPU's operators, in Triton's interpreter")
 
-FAMILIES = ("llama_gqa", "llama_rope3", "llama_yarn", "mistral", "phi", "opt", "falcon")
+FAMILIES = ("llama_gqa", "llama_yarn", "mistral", "phi", "opt", "falcon")
 STATE = dict(max_ragged_batch_size=96, max_ragged_sequence_count=4, max_tracked_sequences=4)
-PROMPTS = [torch.arange(3, 60), torch.arange(5, 9), torch.arange(60, 70)]
+PROMPTS = [torch.arange(3, 60), torch.arange(5, 9), torch.arange(60, 66)]
 
 
 def logits(path: str, prompts: list[torch.Tensor], steps: int) -> list[torch.Tensor]:

@@ -93,8 +93,9 @@ class TritonAttention(DSSelfAttentionBase):
             )  # fmt: skip
         if self._has_several:
             prefill_attention(
-                out, q, kv_cache, sequences, pointers, self.softmax_scale, self.window, singles=not self._has_single
-            )
+                out, q, kv_cache, sequences, pointers, self.softmax_scale, self.window,
+                singles=not self._has_single, most_sequences=config.max_sequences,
+            )  # fmt: skip
         return out
 
 

@@ -7,25 +7,29 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ds_fp6.triton_ops import plan
+from ds_fp6.triton_ops import overlap, plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
     out, q, cache,  # [n_tokens, q_heads · HEAD] twice, the second strided; one layer's cache
     sequences, pointers,  # the ragged batch's
-    partials,  # fp32 [n_seqs, kv_heads, SPLITS, GROUP, HEAD]: sums of weighted values
-    maxima, sums,  # fp32 [n_seqs, kv_heads, SPLITS, GROUP]: of the scores (base 2) and of their weights
+    partials,  # fp32 [n_seqs, kv_heads, splits, GROUP, HEAD]: sums of weighted values
+    maxima, sums,  # fp32 [n_seqs, kv_heads, splits, GROUP]: of the scores (base 2) and of their weights
     counters,  # int32 [n_seqs, kv_heads]: programs that have finished; zero before and after
     q_stride, out_stride, block_stride, token_stride,
     scale,  # softmax scale · log2(e)
     window,  # positions that a query sees, where WINDOWED
-    GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     head, kv_heads = tl.program_id(0), tl.num_programs(0)
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     sequence = tl.program_id(2)
     token = tl.load(sequences + sequence * 4)
     queries = tl.load(sequences + sequence * 4 + 1)
@@ -37,7 +41,7 @@ def _decode_kernel(
     first = tl.maximum(length - window, 0) if WINDOWED else 0
     first_tile = first // KEYS
     tiles = tl.cdiv(length, KEYS) - first_tile
-    tiles_each = tl.cdiv(tiles, SPLITS)
+    tiles_each = tl.cdiv(tiles, splits)
     programs = tl.cdiv(tiles, tiles_each)
     if split >= programs:
         return
@@ -46,16 +50,18 @@ def _decode_kernel(
 
     row, column, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, KEYS)
     real = (row < GROUP)[:, None] & (column < HEAD)[None, :]
+    blocks = tl.load(pointers + sequence).to(tl.pointer_type(tl.int32))
+    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
+    block = tl.load(blocks + begin * KEYS // PAGE)
+    if OVERLAP:
+        gdc_wait()
     q_at = q + token.to(tl.int64) * q_stride + (head * GROUP + row)[:, None] * HEAD + column[None, :]
     query = tl.load(q_at, mask=real, other=0.0)
-    blocks = tl.load(pointers + sequence).to(tl.pointer_type(tl.int32))
     within = key[:, None] * token_stride + head * HEAD + column[None, :]
 
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
-    block = tl.load(blocks + begin * KEYS // PAGE)
     for tile in range(begin, end):
         start = tile * KEYS
         tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
@@ -83,7 +89,7 @@ def _decode_kernel(
         return
 
     pair = sequence * kv_heads + head
-    mine = (pair * SPLITS + split) * GROUP
+    mine = (pair * splits + split) * GROUP
     tl.store(partials + (mine + row)[:, None] * HEAD + column[None, :], total, mask=real)
     tl.store(maxima + mine + row, maximum, mask=row < GROUP)
     tl.store(sums + mine + row, weight_sum, mask=row < GROUP)
@@ -96,7 +102,7 @@ def _decode_kernel(
     # The last program of a sequence and head adds the partial results up: WIDTH of their columns at a time, in fours.
     tl.store(counters + pair, 0)
     four, wide = tl.arange(0, 4), tl.arange(0, WIDTH)
-    pair_rows = pair * SPLITS * GROUP
+    pair_rows = pair * splits * GROUP
     for offset in tl.static_range(0, GROUP * HEAD, WIDTH):
         at = offset + wide
         inside = at < GROUP * HEAD
@@ -161,6 +167,7 @@ def decode_attention(
     n, group = len(sequences), q.shape[1] // (kv_heads * head_size)
     tile = tile or plan.decode_tile(head_size, group, page)
     splits = splits or plan.splits(n, kv_heads)
+    overlapped = overlap.supported(q.device)
     if n * kv_heads > workspace.counters.numel() or (
         splits > 1 and n * kv_heads * splits * group > workspace.sums.numel()
     ):
@@ -171,7 +178,7 @@ def decode_attention(
         workspace.partials, workspace.maxima, workspace.sums, workspace.counters,
         q.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
         scale * math.log2(math.e), window or 0,
-        GROUP=group, HEAD=head_size, PAGE=page, SPLITS=splits, ROWS=tile.rows, KEYS=tile.keys,
+        GROUP=group, HEAD=head_size, PAGE=page, ROWS=tile.rows, KEYS=tile.keys,
         COLUMNS=plan.power_of_two(head_size), WIDTH=width, WINDOWED=bool(window),
-        num_warps=tile.warps, num_stages=tile.stages,
+        OVERLAP=overlapped, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

@@ -7,8 +7,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ds_fp6.triton_ops import plan
+from ds_fp6.triton_ops import overlap, plan
 
 #: Scores of what is not visible: finite, so that a row that sees nothing of a tile stays a number until one that it
 #: sees outweighs it.
@@ -56,7 +57,7 @@ def _attend(
     return total, weight_sum, maximum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_sequences", "window"])
 def _prefill_kernel(
     out, q, cache,  # [n_tokens, q_heads · HEAD] twice, the second strided; one layer's cache
     sequences, pointers,  # the ragged batch's
@@ -65,9 +66,13 @@ def _prefill_kernel(
     window,  # positions that a query sees, where WINDOWED
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr, SINGLES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     head, kv_heads = tl.program_id(0), tl.num_programs(0)
-    program = tl.program_id(1)
+    # The last queries see most: they go first.
+    program = tl.num_programs(1) - 1 - tl.program_id(1)
 
     # Sequence i has the programs from first_token // QUERIES + i on, which leaves it enough of them.
     candidate = tl.arange(0, SEQUENCES)
@@ -89,6 +94,8 @@ def _prefill_kernel(
     real = ((row < QUERIES * GROUP) & (number < queries))[:, None] & (column < HEAD)[None, :]
     token = (first_token + number).to(tl.int64)
     of_row = (head * GROUP + row % GROUP)[:, None] * HEAD + column[None, :]
+    if OVERLAP:
+        gdc_wait()
     query = tl.load(q + token[:, None] * q_stride + of_row, mask=real, other=0.0)
 
     position = seen + number
@@ -123,7 +130,7 @@ def _prefill_kernel(
 
 def prefill_attention(
     out: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, sequences: torch.Tensor, pointers: torch.Tensor,
-    scale: float, window: int | None, singles: bool = True, tile: plan.Tile | None = None,
+    scale: float, window: int | None, singles: bool = True, most_sequences: int = 64, tile: plan.Tile | None = None,
 ) -> None:  # fmt: skip
     """``softmax(scale · q kᵀ + causal mask) v`` for the queries of every sequence of the batch.
 
@@ -132,6 +139,7 @@ def prefill_attention(
         cache: one layer, [blocks, block_size, 2, kv_heads, head_size], with the queries' own keys and values in it.
         sequences, pointers: as in the package's docstring, n_seqs rows each.
         window: a query sees the last ``window`` positions up to its own; None is all of them.
+        most_sequences: of any batch; launches with another one are compiled anew.
         singles: whether sequences of one query are computed too; if not, their rows are left alone.
         tile: overrides the plan's.
     """
@@ -139,11 +147,12 @@ def prefill_attention(
     n, group = len(sequences), q.shape[1] // (kv_heads * head_size)
     tile = tile or plan.prefill_tile(head_size, group, page)
     queries = tile.rows // group
+    overlapped = overlap.supported(q.device)
     _prefill_kernel[(kv_heads, q.shape[0] // queries + n)](
         out, q, cache, sequences, pointers,
         n, q.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
         scale * math.log2(math.e), window or 0,
-        GROUP=group, HEAD=head_size, PAGE=page, SEQUENCES=plan.power_of_two(n), QUERIES=queries, ROWS=tile.rows,
+        GROUP=group, HEAD=head_size, PAGE=page, SEQUENCES=plan.power_of_two(max(n, most_sequences)), QUERIES=queries, ROWS=tile.rows,
         KEYS=tile.keys, COLUMNS=plan.power_of_two(head_size), WINDOWED=bool(window), SINGLES=singles,
-        num_warps=tile.warps, num_stages=tile.stages,
+        OVERLAP=overlapped, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ds_fp6.triton_ops import plan
+from ds_fp6.triton_ops import overlap, plan
 
 #: Heads of a token that a program takes.
 HEADS = 8
@@ -22,7 +23,10 @@ def _rotary_kernel(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
     HALF: tl.constexpr,  # pairs of a head that are rotated: channel c with channel c + HALF; 0 is no rotation
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     token = tl.program_id(0)
     if token >= tl.load(metadata):
         return
@@ -40,6 +44,8 @@ def _rotary_kernel(
     to_cache = cache + block * block_stride + (position % PAGE) * token_stride + (head - Q_HEADS)[:, None] * HEAD
     stored = (live & ~is_query)[:, None]
 
+    if OVERLAP:
+        gdc_wait()
     if HALF > 0:
         pair = tl.arange(0, PAIRS)
         inside = (pair < HALF)[None, :]
@@ -78,10 +84,11 @@ def rotate_and_store(
     q_heads = qkv.shape[1] // head_size - 2 * kv_heads
     half = 0 if frequencies is None else len(frequencies)
     heads = 2 * kv_heads if half == 0 else q_heads + 2 * kv_heads
+    overlapped = overlap.supported(qkv.device)
     _rotary_kernel[(len(qkv), -(-heads // HEADS))](
         qkv, cache, frequencies, metadata, sequences, tokens, pointers,
         qkv.stride(0), cache.stride(0), cache.stride(1),
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD=head_size, PAGE=page, HALF=half,
         HEADS=HEADS, PAIRS=plan.power_of_two(max(half, 1)), REST=plan.power_of_two(max(head_size - 2 * half, 1)),
-        num_warps=4,
+        OVERLAP=overlapped, num_warps=4, launch_pdl=overlapped,
     )  # fmt: skip
