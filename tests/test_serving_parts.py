@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ds_fp6.integrations.deepspeed.graphs import DecodeGraphs, paused
 from ds_fp6.integrations.mii.sampling import Sampler, Sampling, choose, token_logprobs
 from ds_fp6.serving.lifecycle import batch_limits
 from ds_fp6.serving.options import read_template
@@ -51,6 +53,13 @@ def test_stop_strings(text, stops, expected, stopped):
     pieces, tokens, ended = run(text, stops)
     assert "".join(pieces) == expected and ended == stopped
     assert len(tokens) == len(expected.encode())
+
+
+def test_first_token_is_written_as_one_that_continues_a_text():
+    """SentencePiece's tokenizers drop the space before the first word that they decode."""
+    words = {1: " one", 2: " two", 3: " three"}
+    stream = StoppableText(lambda tokens: "".join(words[token] for token in tokens).lstrip(" "), context=[1])
+    assert [stream.add(2, None).text, stream.add(3, None).text, stream.end().text] == [" two", " three", ""]
 
 
 def test_no_piece_leaks_the_beginning_of_a_stop_string():
@@ -116,6 +125,17 @@ def test_token_logprobs():
         assert found.token == 5 + row and found.logprob == pytest.approx(expected[row, 5 + row].item())
         best = expected[row].topk((0, 2, 50)[row])
         assert found.top == tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def test_steps_that_score_prompts_are_not_captured():
+    graphs = DecodeGraphs(run=lambda batch: f"logits of {batch}", limit=4, scratch=0, device=None, budget=0)
+    engine = SimpleNamespace(_batch=SimpleNamespace(_padder=graphs))
+    with paused(engine):
+        graphs.pad("a batch")
+        assert graphs.forward("a batch") == "logits of a batch"
+    assert not graphs.paused
+    with paused(SimpleNamespace(_batch=SimpleNamespace(_padder=None))):
+        pass
 
 
 def limits(**flags) -> dict:

@@ -13,6 +13,9 @@ from ds_fp6.serving.engine import Engine, Mailbox
 from ds_fp6.serving.metrics import Metrics
 from ds_fp6.serving.text import Piece, StoppableText, Token
 
+#: Prompt tokens that decide how the first generated ones are written.
+CONTEXT_TOKENS = 5
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -90,7 +93,7 @@ class Generation:
             self._mailbox, prompt, sampling, max(1, wanted.max_new_tokens), ignore_eos=wanted.ignore_eos,
             logprobs=wanted.logprobs, prompt_logprobs=wanted.prompt_logprobs,
         )  # fmt: skip
-        text = StoppableText(self._decode, wanted.stops)
+        text = StoppableText(self._decode, wanted.stops, prompt[-CONTEXT_TOKENS:])
         choice = Choice(len(self.choices), sequence, text, len(prompt))
         self.choices.append(choice)
         self._by_uid[sequence.uid] = choice

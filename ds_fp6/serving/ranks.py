@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -104,6 +103,7 @@ def stay_with_rank_0(patience: float) -> None:
 
 
 def _end_with_standard_input() -> None:
-    while sys.stdin.buffer.read(1):
+    # Not sys.stdin, whose lock this thread would hold when the interpreter ends.
+    while os.read(0, 1):
         pass
     os._exit(1)

@@ -30,11 +30,14 @@ class StoppableText:
 
     Args:
         decode: token ids to text.
+        context: the last tokens before the text.
         stops: the text ends before that of them which ends first in it.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
-        self._stream = TextStream(decode)
+    def __init__(
+        self, decode: Callable[[list[int]], str], stops: Sequence[str] = (), context: Sequence[int] = ()
+    ) -> None:
+        self._stream = TextStream(decode, context)
         self._stops = tuple(stops)
         self._held = ""
         self._tokens: list[tuple[int, Token]] = []

@@ -11,10 +11,11 @@ Steps that take prompts in are never captured; nor are models with experts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -134,6 +135,8 @@ class DecodeGraphs:
         self._sizes = sizes(limit)
         self._captured: dict[int, Callable[[], torch.Tensor]] = {}
         self._bytes = 0
+        #: Whether steps run as usual for now.
+        self.paused = False
         #: Why nothing more is captured, None while it is.
         self.closed: str | None = None
         #: Sequences of the batch in hand that are not filling; None where it is no decode step of a captured size.
@@ -154,6 +157,8 @@ class DecodeGraphs:
         To be called once the batch is complete and before it is sent to the device.
         """
         self._real = None
+        if self.paused:
+            return
         real = batch._current_sequences
         counts = batch._inflight_seq_descriptors_shadow_buf[1::4]
         if real == 0 or counts.count(1) != real:
@@ -238,6 +243,20 @@ def attach(engine, device: Device, budget: int | None = None) -> DecodeGraphs:
     engine._batch._padder = graphs
     engine._model.forward = graphs.forward
     return graphs
+
+
+@contextlib.contextmanager
+def paused(engine) -> Iterator[None]:
+    """Within it, no step of an ``InferenceEngineV2`` is captured or replayed."""
+    graphs = getattr(engine._batch, "_padder", None)
+    if graphs is None:
+        yield
+        return
+    graphs.paused = True
+    try:
+        yield
+    finally:
+        graphs.paused = False
 
 
 def reserved_blocks(kv_cache) -> int:

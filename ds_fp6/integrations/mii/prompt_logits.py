@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ds_fp6.integrations.deepspeed.graphs import paused
+
 #: Rows that pass through the LM head at a time.
 ROWS_AT_A_TIME = 64
 
@@ -60,6 +62,7 @@ def prompt_logits(
 
     model._forward_unembed = with_rows
     try:
-        yield
+        with paused(engine):
+            yield
     finally:
         del model._forward_unembed

@@ -32,6 +32,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from ds_fp6.integrations import load_format as formats
 from ds_fp6.integrations import mii as hooks
+from ds_fp6.integrations.mii.pipeline import kv_capacity
 from ds_fp6.integrations.mii.prompt_logits import prompt_logits
 from ds_fp6.integrations.mii.sampling import Sampler, Sampling, TokenLogprobs, choose, token_logprobs
 
@@ -59,10 +60,13 @@ class ServedSequence:
     prompt_logprobs: list[TokenLogprobs | None]
 
 
-def _is_scored(uid: int) -> bool:
-    """Whether a sequence wants its prompt's log probabilities. Ranks know each other's sequences by uid alone, and
-    all must run the LM head over the same rows, so the uid tells: it is odd."""
-    return uid % 2 == 1
+#: Ranks know a sequence by its uid alone, but all must pass the same rows of it through the LM head: the uid's lower
+#: bits are the number of its prompt's tokens whose log probabilities are wanted.
+SCORED_BITS = 32
+
+
+def _scored_tokens(uid: int) -> int:
+    return uid & ((1 << SCORED_BITS) - 1)
 
 
 class ServingPipeline(MIIAsyncPipeline):
@@ -118,7 +122,7 @@ class ServingPipeline(MIIAsyncPipeline):
         ``logprobs`` and ``prompt_logprobs`` say how many of the likeliest tokens are reported beside each generated
         and each prompt token; None for no log probabilities. Raises ``ValueError`` for a prompt that does not fit.
         """
-        uid = 2 * next(self._numbers) + (prompt_logprobs is not None)
+        uid = (next(self._numbers) << SCORED_BITS) + (0 if prompt_logprobs is None else len(tokens))
         settings = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "stream": True, "do_sample": False}
         settings["max_length"] = self.max_length
         # Constant sampling parameters: MII keeps a processor for every value that it has ever seen.
@@ -169,7 +173,7 @@ class ServingPipeline(MIIAsyncPipeline):
     @property
     def blocks(self) -> int:
         """KV blocks in all."""
-        return self.inference_engine._state_manager._kv_cache._caches[0].shape[1]
+        return kv_capacity(self.inference_engine) // self.block_size
 
     @property
     def block_size(self) -> int:
@@ -241,16 +245,18 @@ class ServingPipeline(MIIAsyncPipeline):
         with prompt_logits(self.inference_engine, rows, read):
             return super().put(uids, tokenized_input)
 
-    def _scored_rows(self, uids, tokenized_input) -> tuple[list[int], list[_Target | None]]:
-        """The batch's rows that belong to scored sequences, and on rank 0 for each the prompt token after it."""
+    def _scored_rows(self, uids, tokenized_input) -> tuple[list[int], list[_Target]]:
+        """The batch's rows after which a scored token comes, and on rank 0 which token that is."""
         rows: list[int] = []
-        targets: list[_Target | None] = []
+        targets: list[_Target] = []
         start = 0
         for request, uid, tokens in zip(self.scheduled_requests.requests_to_run, uids, tokenized_input, strict=True):
-            if _is_scored(uid):
-                rows += range(start, start + len(tokens))
-                if self.is_rank_0:
-                    targets += _targets(request, len(tokens))
+            descriptor = self.inference_engine._state_manager.get_sequence(uid)
+            seen = 0 if descriptor is None else descriptor.seen_tokens
+            count = max(0, min(len(tokens), _scored_tokens(uid) - 1 - seen))
+            rows += range(start, start + count)
+            if self.is_rank_0 and count:
+                targets += _targets(request, seen + 1, count)
             start += len(tokens)
         return rows, targets
 
@@ -292,23 +298,18 @@ class _Target:
     token: int
 
 
-def _targets(request, count: int) -> list[_Target | None]:
-    """What each of a request's next ``count`` tokens precedes; None at the end of its prompt."""
+def _targets(request, first: int, count: int) -> list[_Target]:
+    """``count`` tokens of a request's prompt, from position ``first``."""
     prompt = getattr(request, "first_prompt", request.prompt_tokens)
-    first = request.seq_length + 1
-    known = prompt[first : first + count].tolist()
-    targets = [_Target(request.sequence, first + i, token) for i, token in enumerate(known)]
-    return targets + [None] * (count - len(targets))
+    tokens = prompt[first : first + count].tolist()
+    return [_Target(request.sequence, first + i, token) for i, token in enumerate(tokens)]
 
 
-def _read(targets: list[_Target | None], logits: torch.Tensor) -> None:
-    wanted = [row for row, target in enumerate(targets) if target is not None]
-    if not wanted:
-        return
-    counts = [targets[row].sequence.top_of_prompt for row in wanted]
-    found = token_logprobs(logits[wanted], [targets[row].token for row in wanted], counts)
-    for row, logprobs in zip(wanted, found, strict=True):
-        targets[row].sequence.prompt_logprobs[targets[row].position] = logprobs
+def _read(targets: list[_Target], logits: torch.Tensor) -> None:
+    counts = [target.sequence.top_of_prompt for target in targets]
+    found = token_logprobs(logits, [target.token for target in targets], counts)
+    for target, logprobs in zip(targets, found, strict=True):
+        target.sequence.prompt_logprobs[target.position] = logprobs
 
 
 def eos_token_ids(model: str, tokenizer) -> frozenset[int]:

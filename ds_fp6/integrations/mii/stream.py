@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from ds_fp6.integrations.mii.pipeline import check_running
 from ds_fp6.integrations.patching import Hook
@@ -13,11 +14,14 @@ REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """The text of one stream. Decoding restarts from a token whose text has been given out already."""
+    """The text of one stream. Decoding restarts from a token whose text has been given out already.
 
-    def __init__(self, decode) -> None:
+    ``context`` are tokens before the stream's first: some tokenizers give a text's first token no leading space.
+    """
+
+    def __init__(self, decode, context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._context: list[int] = []
+        self._context = list(context)
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
