@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from importlib import metadata
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -287,3 +288,26 @@ def test_stream_gives_out_every_byte(text):
     assert "".join(pieces) + stream.finish() == raw.decode(errors="replace")
     if isinstance(text, str):
         assert "\ufffd" not in "".join(pieces)
+
+
+def test_requests_of_one_batch_may_have_different_parameters():
+    """Each gets what it would get alone, whichever others there are."""
+    from mii.batching import postprocess
+    from mii.batching.generation.logit_processors import TemperatureLogitProcessor, TopKLogitProcessor
+    from mii.batching.generation.stop_criterion import TokenStopCriterion
+
+    processors = {
+        "TopK_3": TopKLogitProcessor(3), "TopK_5": TopKLogitProcessor(5), "Temp_0.5": TemperatureLogitProcessor(0.5),
+        **{f"Stop_{token}": TokenStopCriterion(token, None) for token in (1, 2, 3)},
+    }  # fmt: skip
+    names = [["TopK_3"], [], ["TopK_5", "Temp_0.5", "Stop_1", "Stop_2"], ["Temp_0.5", "Stop_3"], ["Stop_3"]]
+    requests = [SimpleNamespace(post_processing=own) for own in names]
+    logits = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([1, 2, 2, 2, 3])
+    together = postprocess.run_batch_logit_processing(logits.clone(), requests, processors)
+    stopped = postprocess.run_batch_stop_criterion(tokens, requests, processors)
+    for row, request in enumerate(requests):
+        alone = postprocess.run_batch_logit_processing(logits[row : row + 1].clone(), [request], processors)
+        assert torch.equal(together[row], alone[0])
+    assert together.isfinite().sum(dim=1).tolist() == [3, 20, 5, 20, 20]
+    assert stopped.tolist() == [False, False, True, False, True]

@@ -66,4 +66,4 @@ def _wrap_engine_factory() -> None:
     wrap(engine_factory, "build_hf_engine", _build_hf_engine)
 
 
-HOOKS = (Hook("deepspeed.inference.v2.build_hf_engine", "the load format chooses the engine", _wrap_engine_factory),)
+HOOKS = (Hook("build_hf_engine, its checkpoint engine", "the load format chooses it", _wrap_engine_factory),)

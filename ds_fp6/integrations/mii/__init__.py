@@ -27,15 +27,17 @@ REPAIRS = (
     Repair("rank-count", "a launcher that started more or fewer ranks than tensor_parallel left them waiting"),
     Repair("launcher", "mii.serve failed without deepspeed on the PATH, and with more ranks than NUMA nodes (CPU)"),
     Repair("greedy", "requests that take the likeliest token sorted the vocabulary at each step, for top-p"),
+    Repair("mixed-parameters", "requests with different sampling or stop parameters in one batch ended the server"),
     Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
 )
 
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, errors, load_format, pipeline, requests, server, stream
+    from ds_fp6.integrations.mii import api, errors, load_format, pipeline, processing, requests, server, stream
 
-    return load_format.HOOKS + api.HOOKS + pipeline.HOOKS + requests.HOOKS + stream.HOOKS + server.HOOKS + errors.HOOKS
+    modules = load_format, api, pipeline, requests, processing, stream, server, errors
+    return tuple(hook for module in modules for hook in module.HOOKS)
 
 
 def install() -> None:
