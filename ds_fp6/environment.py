@@ -79,18 +79,18 @@ def _repairs(hooks: dict[str, str]) -> list[dict[str, str]]:
 
 def _engine() -> dict[str, dict[str, str]]:
     """What the engine would use on this machine, and why; a setting that is refused is its own explanation."""
-    from ds_fp6.integrations.deepspeed import attention, graphs
+    from ds_fp6.integrations.deepspeed import attention, graphs, pointwise
 
     cpu = not torch.cuda.is_available()
     found = {}
-    for name, chosen in (("attention", attention.chosen), ("cuda graphs", graphs.chosen)):
+    for name, part in (("attention", attention), ("norms and gates", pointwise), ("cuda graphs", graphs)):
         try:
-            use, why = chosen(cpu)
+            use, why = part.chosen(cpu)
             found[name] = {"use": {True: "on", False: "off"}.get(use, use), "why": why}
         except ValueError as error:
             found[name] = {"use": "refused", "why": str(error)}
-    if cpu and found["attention"]["use"] == "upstream":
-        found["attention"]["use"] = "the CPU's operators"
+        if cpu and found[name]["use"] == "upstream":
+            found[name]["use"] = "the CPU's operators"
     return found
 
 

@@ -36,7 +36,8 @@ def test_environment_says_what_is_in_use_and_why(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = {"use": "the CPU's operators", "why": "the engine runs on a CPU"}
-    assert environment._engine() == {"attention": here, "cuda graphs": {**here, "use": "off"}}
+    off = {**here, "use": "off"}
+    assert environment._engine() == {"attention": here, "norms and gates": here, "cuda graphs": off}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_ops, "problem", lambda: None)
     assert environment._engine()["cuda graphs"] == {"use": "on", "why": "default on a GPU"}

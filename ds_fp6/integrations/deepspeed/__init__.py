@@ -51,10 +51,10 @@ def _startup_hooks() -> tuple[Hook, ...]:
 
 def _engine_hooks() -> tuple[Hook, ...]:
     from ds_fp6.integrations import checkpoint, load_format
-    from ds_fp6.integrations.deepspeed import attention, batch, engine, graphs, kernels, models, quantization
+    from ds_fp6.integrations.deepspeed import attention, batch, engine, graphs, kernels, models, pointwise, quantization
 
     loading = Hook("deepspeed.inference.v2.checkpoint", "reads checkpoints tensor by tensor", checkpoint.install)
-    own = engine.HOOKS + batch.HOOKS + attention.HOOKS + graphs.HOOKS + kernels.HOOKS + models.HOOKS + quantization.HOOKS
+    own = engine.HOOKS + batch.HOOKS + attention.HOOKS + graphs.HOOKS + kernels.HOOKS + pointwise.HOOKS + models.HOOKS + quantization.HOOKS
     return (loading,) + load_format.HOOKS + own
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-from ds_fp6 import triton_ops
+from ds_fp6.integrations.deepspeed import triton_choice
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.patching import Hook, wrap
 
 #: ``triton`` or ``upstream``; unset is triton where it can be used.
 VARIABLE = "DS_FP6_ATTENTION"
-CHOICES = ("triton", "upstream")
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on a CPU and slowly, as TRITON_INTERPRET=1 asks for."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def chosen(cpu: bool) -> tuple[str, str]:
@@ -23,21 +15,7 @@ def chosen(cpu: bool) -> tuple[str, str]:
 
     Raises ``ValueError`` for another value of the variable, or one that asks for what cannot be had.
     """
-    text = os.environ.get(VARIABLE, "").strip()
-    if text and text not in CHOICES:
-        raise ValueError(f"{VARIABLE} must be {' or '.join(CHOICES)}, got {text!r}")
-    if text == "upstream":
-        return "upstream", f"{VARIABLE}=upstream"
-    problem = triton_ops.problem()
-    if cpu and not interpreted():
-        problem = "the engine runs on a CPU"
-    if text == "triton" and problem:
-        raise ValueError(f"{VARIABLE}=triton cannot be had: {problem}")
-    if problem:
-        return "upstream", problem
-    if cpu and not text:
-        return "upstream", "the engine runs on a CPU"
-    return "triton", f"{VARIABLE}=triton" if text else "default on a GPU"
+    return triton_choice.chosen(VARIABLE, cpu)
 
 
 def _instantiate_attention(original, attention_config, engine_config):
