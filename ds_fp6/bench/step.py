@@ -32,7 +32,7 @@ from ds_fp6.formats import Mode
 
 UPSTREAM, UNQUANTIZED = "upstream", "none"
 #: What turns this package's parts of the engine off, all but repairs.
-UPSTREAM_ENVIRONMENT = {"DS_FP6_ATTENTION": "upstream", "DS_FP6_CUDA_GRAPHS": "0"}
+UPSTREAM_ENVIRONMENT = {"DS_FP6_ATTENTION": "upstream", "DS_FP6_POINTWISE": "upstream", "DS_FP6_CUDA_GRAPHS": "0"}
 
 #: Steps before the clock starts, steps that are timed, and steps that are profiled after them.
 WARM_UP, TIMED, PROFILED = 4, 20, 3
