@@ -1,4 +1,4 @@
-"""The requests of OpenAI's API that this server takes. Fields that it does not know are refused, not ignored."""
+"""The requests of OpenAI's API that this server takes. What it does not implement is refused, not ignored."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ from ds_fp6.serving.errors import ApiError
 MOST_LOGPROBS = 20
 MOST_CHOICES = 128
 MOST_STOPS = 32
+
+#: Fields of OpenAI's and vLLM's servers that this one does not implement, and the only value of each, beside null,
+#: that it takes: the one that asks for nothing.
+NEUTRAL = {
+    "response_format": {"type": "text"},
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "min_p": 0,
+    "min_tokens": 0,
+    "stop_token_ids": [],
+    "use_beam_search": False,
+    "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "suffix": "",
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
+    "modalities": ["text"],
+    "audio": {},
+    "reasoning_effort": "none",
+}
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -47,8 +69,16 @@ class GenerationRequest(BaseModel):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # These would; only values that ask for nothing are taken.
+    # These would: see NEUTRAL.
     response_format: Any = None
+    repetition_penalty: Any = None
+    length_penalty: Any = None
+    min_p: Any = None
+    min_tokens: Any = None
+    stop_token_ids: Any = None
+    use_beam_search: Any = None
+    skip_special_tokens: Any = None
+    include_stop_str_in_output: Any = None
 
     @field_validator("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "stream", mode="before")
     @classmethod
@@ -72,8 +102,10 @@ class GenerationRequest(BaseModel):
 
     def check_supported(self) -> None:
         """Raises ``ApiError`` 400 for what OpenAI's API has and this server does not."""
-        if self.response_format not in (None, {"type": "text"}):
-            raise _unsupported("response_format", self.response_format)
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name, None)
+            if value is not None and value != neutral:
+                raise _unsupported(name, value)
 
 
 def _unsupported(field: str, value: Any) -> ApiError:
@@ -106,8 +138,6 @@ class CompletionRequest(GenerationRequest):
             raise ApiError(400, "prompt is an empty list", "prompt")
         if self.best_of not in (None, self.n):
             raise _unsupported("best_of", self.best_of)
-        if self.suffix:
-            raise _unsupported("suffix", self.suffix)
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens = 0 needs echo = true: nothing would be returned", "max_tokens")
 
@@ -166,12 +196,5 @@ class ChatRequest(GenerationRequest):
 
     def check_supported(self) -> None:
         super().check_supported()
-        if self.tool_choice not in (None, "none"):
-            raise _unsupported("tool_choice", self.tool_choice)
-        if self.modalities not in (None, ["text"]):
-            raise _unsupported("modalities", self.modalities)
-        for name in ("tools", "functions", "function_call", "audio", "reasoning_effort"):
-            if getattr(self, name):
-                raise _unsupported(name, getattr(self, name))
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs = true", "top_logprobs")
