@@ -9,6 +9,8 @@ import torch
 import ds_fp6.integrations.engine as fastgen
 from ds_fp6.integrations.deepspeed import batch as batch_hooks
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the bookkeeping is tested on the CPU's engine")
+
 STATE = dict(
     max_ragged_batch_size=96, max_ragged_sequence_count=4, max_tracked_sequences=4,
     memory_config={"mode": "allocate", "size": 6},

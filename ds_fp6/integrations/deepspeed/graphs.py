@@ -148,7 +148,7 @@ class DecodeGraphs:
         return tuple(sorted(self._captured))
 
     def _size(self, sequences: int) -> int | None:
-        size = next(size for size in self._sizes if size >= sequences)
+        size = next((size for size in self._sizes if size >= sequences), None)
         return size if size in self._captured or self.closed is None else None
 
     def pad(self, batch) -> None:
@@ -259,6 +259,22 @@ def paused(engine) -> Iterator[None]:
         graphs.paused = False
 
 
+def warm_up(engine) -> None:
+    """Runs a batch of every kind, so that kernels are compiled before the first request rather than by it.
+
+    Leaves no sequence behind. Every rank must call it.
+    """
+    limits = engine._config.state_manager
+    most = min(limits.max_ragged_sequence_count, limits.max_tracked_sequences, min(engine.free_blocks))
+    room = limits.max_ragged_batch_size
+    prompt, token = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    batches = [{0: prompt}] * (room >= 2) + [{0: token}] + [{0: token, 1: prompt}] * (room >= 3 and most >= 2)
+    for batch in batches:
+        engine.put(list(batch), list(batch.values()), do_checks=False)
+    for uid in list(engine._state_manager.tracked_sequences):
+        engine.flush(uid)
+
+
 def reserved_blocks(kv_cache) -> int:
     """Blocks of a ``BlockedKVCache`` that no sequence can have."""
     return getattr(kv_cache, "_reserved_blocks", 0)
@@ -276,6 +292,8 @@ def _init_engine(original, self, policy, engine_config) -> None:
         attach(self, CudaDevice(self._base_mp_group))
     elif use:
         logger.info(f"ds_fp6: decode steps are not captured: {problem}")
+    if not on_cpu():
+        warm_up(self)
 
 
 def _init_cache(original, self, configs, memory_config, mp_group=None, offload=False) -> None:
