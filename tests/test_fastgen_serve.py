@@ -66,10 +66,15 @@ def command(process: psutil.Process) -> list[str]:
 
 
 def ranks() -> list[psutil.Process]:
-    """The processes that hold a model, without their launchers, in the order of their start."""
+    """The processes that hold a model, without their launchers, by their ports and ranks."""
     server = ["-m", "mii.launch.multi_gpu_server"]
     found = [p for p in processes() if command(p)[1:3] == server and "--server-port" in command(p)]
-    return sorted(found, key=lambda p: p.create_time())
+
+    def place(process: psutil.Process) -> tuple[int, int]:
+        words = command(process)
+        return int(words[words.index("--server-port") + 1]), int(process.environ()["LOCAL_RANK"])
+
+    return sorted(found, key=place)
 
 
 def assert_gone(ports: dict[str, int]) -> None:
@@ -127,6 +132,7 @@ def test_two_replicas_one_of_which_is_killed(ports):
     with pytest.raises(OSError, match=rf"port {ports['port_number']} \(port_number\) is in use"):
         mii.serve(MODEL, deployment_name="another", **ports)
 
+    assert sum(rank.cpu_percent(0.5) for rank in ranks()) < 30  # they wait for requests, and do not ask all the time
     start = time.monotonic()
     found = stream_all(client, PROMPTS, kill=ranks()[0], **LONG)
     assert time.monotonic() - start < PROMPTLY
@@ -163,6 +169,20 @@ def test_two_ranks(end, tmp_path, ports):
         assert time.monotonic() - start < PROMPTLY  # not the ten minutes of a stream that nobody ends
     assert client.generate(["import"], **GREEDY)[0].generated_text == answers[1].generated_text
     client.terminate_server()
+    assert_gone(ports)
+
+
+def test_a_killed_guard_takes_the_server_with_it(tmp_path, ports):
+    path = models.save(models.build("llama"), tmp_path / "model")
+    client = mii.serve(path, deployment_name="guarded", load_format="dummy", **ports)
+    (guarding,) = [p for p in processes() if guard.__name__ in command(p)]
+    others = [p for p in processes() if p != guarding]
+    assert len(others) >= 3
+    guarding.kill()
+    gone, alive = psutil.wait_procs(others, timeout=PROMPTLY)
+    assert not alive
+    with pytest.raises(RuntimeError, match="the server is gone"):
+        client.generate(["def main("], **GREEDY)
     assert_gone(ports)
 
 

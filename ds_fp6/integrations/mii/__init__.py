@@ -24,6 +24,8 @@ REPAIRS = (
     Repair("server", "failed streams left their client waiting, failed servers their processes running"),
     Repair("server-ports", "a server on a port that is in use started all the same, and shared its requests"),
     Repair("restful-gateway", "terminate_server left the RESTful gateway running"),
+    Repair("idle", "a server without requests kept a core busy"),
+    Repair("client-loop", "mii.client failed outside the main thread, and after asyncio.run"),
     Repair("rank-count", "a launcher that started more or fewer ranks than tensor_parallel left them waiting"),
     Repair("launcher", "mii.serve failed without deepspeed on the PATH, and with more ranks than NUMA nodes (CPU)"),
     Repair("greedy", "requests that take the likeliest token sorted the vocabulary at each step, for top-p"),

@@ -7,7 +7,7 @@ import os
 import torch
 
 from ds_fp6.integrations.checkpoint import check_location
-from ds_fp6.integrations.deepspeed.accelerator import local_rank, on_cpu
+from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.deepspeed.quantization import checked_mode, stand_alone
 from ds_fp6.integrations.patching import Hook, wrap
 
@@ -48,8 +48,9 @@ def _check_ranks(tensor_parallel: int) -> None:
         raise ValueError(f"all {ranks} ranks of a model must be on one machine, but {here} of them are on this one")
     from deepspeed.accelerator import get_accelerator
 
-    if not on_cpu() and local_rank() >= get_accelerator().device_count():
-        raise ValueError(f"there is no device for local rank {local_rank()}: {get_accelerator().device_count()} exist")
+    devices = get_accelerator().device_count()
+    if not on_cpu() and ranks > devices:
+        raise ValueError(f"{ranks} ranks need as many devices, this machine has {devices} that they may use")
 
 
 def _share_cores(ranks: int) -> None:

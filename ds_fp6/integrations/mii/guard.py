@@ -15,13 +15,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 
-#: Names the deployment's directory to its processes.
+#: Name the deployment's directory and its guard to its processes.
 VARIABLE = "DS_FP6_DEPLOYMENT"
+PROCESS_VARIABLE = "DS_FP6_DEPLOYMENT_GUARD"
 #: Seconds that processes have to end by themselves once one of them did, after ``terminate_server``.
 PATIENCE = 20
 #: Seconds between a failure and the end of the load balancer, which tells the clients.
@@ -60,6 +62,21 @@ def failure(directory: Path, wait: float = 0.0) -> str | None:
         time.sleep(0.05)
 
 
+def end_with_guard() -> None:
+    """Ends this process, which belongs to a deployment, soon after the deployment's guard is gone."""
+    try:
+        guard = psutil.Process(int(os.environ[PROCESS_VARIABLE]))
+    except psutil.NoSuchProcess:
+        os._exit(1)
+
+    def watch() -> None:
+        while guard.is_running() and guard.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def status_text(status: int) -> str:
     """What an exit status says. DeepSpeed's launcher ends with 256 - n where signal n has ended a rank."""
     number = -status if status < 0 else 256 - status if status > 192 else None
@@ -79,7 +96,7 @@ class Guard:
         with contextlib.suppress(OSError, AttributeError):
             # Whoever loses its parent becomes a child of this process, and is found among its children.
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        environment = {**os.environ, VARIABLE: str(directory)}
+        environment = {**os.environ, VARIABLE: str(directory), PROCESS_VARIABLE: str(os.getpid())}
         self._processes = {name: subprocess.Popen(command, env=environment) for name, command in commands}
 
     def watch(self) -> int:

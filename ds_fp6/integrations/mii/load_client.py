@@ -57,13 +57,13 @@ def served(
     ports = {"port_number": _free_ports(2 + tensor_parallel), "torch_dist_port": _free_ports(1)}
     with tempfile.TemporaryDirectory() as scores, _environment(MII_CACHE_PATH=scores):
         variables = {server.LOG: log and str(log), server.START_LIMIT: str(start_limit)}
-        with _environment(**variables):
-            mii.serve(
-                str(model), deployment_name=name, quantization_mode=mode, tensor_parallel=tensor_parallel,
-                load_format=load_format, inference_engine_config={"state_manager": state_manager or {}},
-                zmq_port_number=_free_ports(1), **ports,
-            )  # fmt: skip
         try:
+            with _environment(**variables):
+                mii.serve(
+                    str(model), deployment_name=name, quantization_mode=mode, tensor_parallel=tensor_parallel,
+                    load_format=load_format, inference_engine_config={"state_manager": state_manager or {}},
+                    zmq_port_number=_free_ports(1), **ports,
+                )  # fmt: skip
             yield ports["port_number"]
         finally:
             server.end(name)

@@ -28,6 +28,8 @@ PATIENCE = 3 * guard.INSISTENCE
 #: Variables: a file that takes what a server's processes print, and the seconds within which it must have started.
 LOG = "DS_FP6_SERVER_LOG"
 START_LIMIT = "DS_FP6_SERVER_START_LIMIT"
+#: Seconds after which an idle rank looks whether it is to end.
+IDLE = 0.1
 #: Seconds that a rank whose generation failed has for answering its clients.
 LAST_WORDS = 0.5
 
@@ -150,11 +152,10 @@ def _initialize_service(original, self, mii_config) -> list[subprocess.Popen]:
 
 
 def end(deployment_name: str) -> None:
-    """Ends all processes of a deployment that this process started, whatever they are doing.
-
-    Raises ``KeyError`` for one that it did not start.
-    """
-    stop(_guards.pop(deployment_name))
+    """Ends all processes of a deployment that this process started, if it did, whatever they are doing."""
+    process = _guards.pop(deployment_name, None)
+    if process is not None:
+        stop(process)
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -236,10 +237,23 @@ def _serve_inference(original, async_pipeline, port) -> None:
         raise
 
 
-def _record_failures() -> None:
-    """In a process of a deployment, an exception that ends it is left for the guard to read."""
+def _generate(original, self):
+    """MII's first rank asks for requests as fast as it can, and so keeps a core busy that the others may need."""
+    from mii.batching.ragged_batching import MIIAsyncPipeline
+
+    queue = self.request_queue
+    if type(self) is MIIAsyncPipeline and self.is_rank_0 and not self.scheduled_requests and not self.buffer:
+        with queue.not_empty:
+            if not queue.queue:
+                queue.not_empty.wait(IDLE)
+    return original(self)
+
+
+def _join_deployment() -> None:
+    """In a process of a deployment, an exception that ends it is left for the guard to read, and it ends with that."""
     if guard.VARIABLE not in os.environ:
         return
+    guard.end_with_guard()
     directory, usual = Path(os.environ[guard.VARIABLE]), sys.excepthook
 
     def excepthook(kind, error, traceback) -> None:
@@ -250,9 +264,11 @@ def _record_failures() -> None:
 
 
 def _wrap_processes() -> None:
+    from mii.batching.ragged_batching import MIIAsyncPipeline
     from mii.grpc_related import modelresponse_server
 
-    _record_failures()
+    _join_deployment()
+    wrap(MIIAsyncPipeline, "generate", _generate)
     wrap(modelresponse_server, "_do_serve", _do_serve)
     wrap(modelresponse_server, "serve_inference", _serve_inference)
     wrap(modelresponse_server.ModelResponse, "__init__", _service_init)
