@@ -5,6 +5,7 @@ A "graph" here calls the step again: what is captured and with which batch is th
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import ds_fp6.integrations.engine as fastgen
 from ds_fp6 import triton_ops
 from ds_fp6.integrations.deepspeed import graphs
 from ds_fp6.integrations.mii.pipeline import kv_capacity
+from ds_fp6.triton_ops import plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the bookkeeping is tested on the CPU's engine")
 
@@ -135,6 +137,10 @@ def test_sizes(limit):
     assert sizes[-1] == limit and list(sizes) == sorted(set(sizes)) and sizes[0] == 1
     for n in range(9, limit + 1):
         assert next(size for size in sizes if size >= n) <= 2 * n - 1
+    # Attention adds up a batch as it adds up the batch that it is filled up to.
+    for n, kv_heads in itertools.product(range(1, limit + 1), (1, 8, 32)):
+        filled = next(size for size in sizes if size >= n)
+        assert plan.splits(n, kv_heads) == plan.splits(filled, kv_heads)
 
 
 def test_settings(monkeypatch):

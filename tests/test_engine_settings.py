@@ -44,3 +44,26 @@ def test_environment_says_what_is_in_use_and_why(monkeypatch, capsys):
     monkeypatch.setenv(attention.VARIABLE, "flash")
     found = environment._engine()
     assert found["attention"]["use"] == "refused" and "got 'flash'" in found["attention"]["why"]
+
+
+@pytest.mark.parametrize(("changes", "window"), [
+    ({}, 48), ({"layer_types": ["sliding_attention"] * 2}, 48),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, None),
+])  # fmt: skip
+def test_a_window_is_applied_where_every_layer_has_it(changes, window, monkeypatch):
+    from types import SimpleNamespace
+
+    from deepspeed.utils import logger
+
+    from ds_fp6.integrations.deepspeed import models, rotary
+
+    said = []
+    monkeypatch.setattr(logger, "warning", said.append)
+    monkeypatch.setattr(rotary, "runs_triton", lambda model: True)
+    monkeypatch.setattr(models, "on_cpu", lambda: False)
+    config = SimpleNamespace(sliding_window=48, **changes)
+    model = SimpleNamespace(config=config, attn=SimpleNamespace(window=None), max_sequence_length=1000)
+    models._repair_window(model)
+    assert model.attn.window == window
+    assert [line for line in said if "some layers" in line and "last 48 positions" in line] == said
+    assert bool(said) == (window is None)

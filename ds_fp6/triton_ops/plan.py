@@ -46,9 +46,10 @@ def splits(sequences: int, kv_heads: int) -> int:
     """Programs over which the keys of each sequence and head are spread, at most.
 
     It depends on nothing but the batch's size, so that a captured launch serves any lengths: a program finds its own
-    part of the keys from the true length, and has none where there are too few.
+    part of the keys from the true length, and has none where there are too few. It is the same for all sizes up to a
+    power of two, and so for a batch and the size that it is filled up to: sums are rounded alike.
     """
-    return max(1, min(MAX_SPLITS, DECODE_PROGRAMS // max(1, sequences * kv_heads)))
+    return max(1, min(MAX_SPLITS, DECODE_PROGRAMS // (power_of_two(sequences) * kv_heads)))
 
 
 def most_partials(max_sequences: int, kv_heads: int) -> int:

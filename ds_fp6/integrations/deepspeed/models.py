@@ -160,17 +160,20 @@ def _repair_window(model) -> None:
     window = sliding_window(model.config)
     if window is None:
         return
-    if rotary.runs_triton(model):
+    # Where layers differ, those that see everything either have a module of their own or would get the window too.
+    every_layer = "full_attention" not in (getattr(model.config, "layer_types", None) or ())
+    applies = every_layer or hasattr(model, "_global_attn")
+    if applies and rotary.runs_triton(model):
         model.attn.window = window
-    elif on_cpu():
+    elif applies and on_cpu():
         kernel = model.attn._attn_kernel
         kernel.kernel = functools.partial(kernel.kernel, window=window)
     elif window < model.max_sequence_length:
         from deepspeed.utils import logger
 
         logger.warning(
-            f"ds_fp6: this model was trained to attend to the last {window} positions; DeepSpeed's kernels attend to "
-            f"all of them, so sequences beyond {window} tokens come out differently"
+            f"ds_fp6: {'all' if every_layer else 'some'} layers of this model were trained to attend to the last {window} "
+            f"positions; here all attend to all of them, so sequences beyond {window} tokens come out differently"
         )
 
 
