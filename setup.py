@@ -14,7 +14,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent.resolve()
 
 #: What `ds-fp6 serve` needs.
-SERVE = ["fastapi", "prometheus-client", "pydantic>=2", "uvicorn"]
+SERVE = ["fastapi", "prometheus-client", "pydantic>=2", "uvicorn>=0.30"]
 
 
 def supported(distribution: str) -> str:

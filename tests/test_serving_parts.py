@@ -96,11 +96,12 @@ def test_sampled_tokens_follow_the_distribution():
 
 
 def test_a_seeded_sequence_does_not_depend_on_its_batch():
-    rows = logits(6)
+    rows = logits(6).repeat(20, 1)
     alone, together = [], []
     settings = Sampling(seed=3, top_p=0.95)
     others = [Sampling(), Sampling(temperature=0), Sampling(top_k=2), Sampling(seed=4), Sampling(top_p=0.5, seed=3)]
-    one, many = Sampler(settings), [Sampler(s) for s in (settings, *others)]
+    one, many = Sampler(settings), [Sampler(s) for s in (settings, *others * 22)]
+    rows = rows[: len(many)]
     for _ in range(50):
         alone.append(int(choose(rows[:1], [one])[0]))
         together.append(int(choose(rows, many)[0]))

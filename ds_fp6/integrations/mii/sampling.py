@@ -17,6 +17,9 @@ import torch
 GREEDY_BELOW = 1e-4
 
 
+#: Rows that are in fp32 at a time: a few copies of them are made.
+ROWS_AT_A_TIME = 64
+
 #: Told in place of lesser log probabilities.
 LEAST_LOGPROB = -9999.0
 
@@ -77,18 +80,22 @@ class Sampler:
 
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     """A token for each row: logits [n, vocabulary] of any float dtype; int64 [n] on the CPU."""
-    logits = logits.float()
-    for row, sampler in enumerate(samplers):
-        offsets = sampler.offsets()
-        if offsets:
-            tokens = torch.tensor(list(offsets), device=logits.device)
-            changed = logits[row].clone()
-            changed[tokens] += torch.tensor(list(offsets.values()), device=logits.device)
-            logits = torch.cat([logits[:row], changed[None], logits[row + 1 :]])
+    offsets = [sampler.offsets() for sampler in samplers]
+    sampled = [sampler.sampling.temperature >= GREEDY_BELOW for sampler in samplers]
     chosen = logits.argmax(dim=-1)
-    sampled = [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature >= GREEDY_BELOW]
-    if sampled:
-        chosen[sampled] = _sample(logits[sampled], [samplers[row] for row in sampled])
+    changed = [row for row in range(len(samplers)) if sampled[row] or offsets[row]]
+    for start in range(0, len(changed), ROWS_AT_A_TIME):
+        rows = changed[start : start + ROWS_AT_A_TIME]
+        some = logits[rows].float()
+        for i, row in enumerate(rows):
+            if offsets[row]:
+                tokens = torch.tensor(list(offsets[row]), device=logits.device)
+                some[i, tokens] += torch.tensor(list(offsets[row].values()), device=logits.device)
+        chosen[rows] = some.argmax(dim=-1)
+        drawn = [i for i, row in enumerate(rows) if sampled[row]]
+        if drawn:
+            drawn_rows = [rows[i] for i in drawn]
+            chosen[drawn_rows] = _sample(some[drawn], [samplers[row] for row in drawn_rows])
     chosen = chosen.cpu()
     for token, sampler in zip(chosen.tolist(), samplers, strict=True):
         sampler.saw(token)
