@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +17,7 @@ import psutil
 import pytest
 from mii.backend.server import MIIServer
 
-from ds_fp6.integrations.mii import guard
+from ds_fp6.integrations.mii import guard, server
 from ds_fp6.integrations.mii.server import is_free
 
 MODEL = str(Path(__file__).parent.parent / "examples" / "tiny-python-llama")
@@ -211,6 +212,26 @@ def test_a_server_that_does_not_start_says_why_and_leaves_nothing_behind(broken,
     with pytest.raises(RuntimeError, match=f"did not start: replica 0 ended with status 1: .*{problem}"):
         mii.serve(path, deployment_name=broken, **ports)
     assert_gone(ports)
+
+
+def test_a_server_runs_on_the_gpus_that_its_process_sees(monkeypatch):
+    from mii.config import ReplicaConfig
+
+    replica = ReplicaConfig(hostname="localhost", torch_dist_port=29500, gpu_indices=[0, 1])
+
+    def command(seen: str) -> list[str]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        return MIIServer._generate_ds_launch_str(None, replica, "hostfile", False).split(" ")
+
+    cpu = command("2,3")
+    assert cpu[0] == sys.executable and cpu[cpu.index("-i") + 1] == "localhost:0,1"
+    monkeypatch.setattr(server, "on_cpu", lambda: False)
+    masked = command("2, 3")
+    assert masked[:4] == ["env", "-u", "CUDA_VISIBLE_DEVICES", sys.executable]
+    assert masked[masked.index("-i") + 1] == "localhost:2,3"
+    assert command("")[0] == sys.executable
+    with pytest.raises(ValueError, match="GPU-8f3a"):
+        command("GPU-8f3a,GPU-77b1")
 
 
 def test_exit_statuses_are_named():

@@ -117,11 +117,32 @@ def _init(original, self, mii_config) -> None:
         del os.environ["LOCAL_SIZE"]
 
 
-def _launcher(original, self, *args, **kwargs) -> str:
-    """This interpreter's own ``deepspeed``, which need not be on the PATH."""
-    name, _, arguments = original(self, *args, **kwargs).partition(" ")
+def _launcher(original, self, replica_config, *args, **kwargs) -> str:
+    """This interpreter's own ``deepspeed``, which need not be on the PATH, on the GPUs that this process sees.
+
+    DeepSpeed's launcher counts GPUs from the machine's first and sets CUDA_VISIBLE_DEVICES anew, so a server beside
+    others started on theirs. It gets the machine's own numbers instead, and no mask.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    masked = bool(seen) and not on_cpu() and replica_config.hostname == "localhost"
+    if masked:
+        indices = _machine_gpus(seen, replica_config.gpu_indices)
+        replica_config = replica_config.model_copy(update={"gpu_indices": indices})
+    name, _, arguments = original(self, replica_config, *args, **kwargs).partition(" ")
     own = f"{sys.executable} -m deepspeed.launcher.runner"
-    return f"{own if name == 'deepspeed' else name} {arguments}"
+    unmask = "env -u CUDA_VISIBLE_DEVICES " if masked else ""
+    return f"{unmask}{own if name == 'deepspeed' else name} {arguments}"
+
+
+def _machine_gpus(seen: str, indices: list[int]) -> list[int]:
+    """The machine's numbers of GPUs ``indices`` of those that ``CUDA_VISIBLE_DEVICES`` shows.
+
+    Raises ``ValueError`` where it names them otherwise, which DeepSpeed's launcher cannot.
+    """
+    names = [name.strip() for name in seen.split(",")]
+    if not all(name.isdigit() for name in names):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={seen!r}: the deepspeed launcher knows GPUs by their numbers only")
+    return [int(names[index]) for index in indices]
 
 
 def _initialize_service(original, self, mii_config) -> list[subprocess.Popen]:
