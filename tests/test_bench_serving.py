@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from ds_fp6.bench import serving, serving_report
 from ds_fp6.bench.serving_metrics import Request, deepspeed_examples, percentile, summary, vllm
+from ds_fp6.integrations.mii import load_client
 
 ROOT = Path(__file__).parent.parent
 #: Two requests whose figures are easy to work out by hand, one cut off, and one that failed at once.
@@ -135,6 +138,68 @@ def test_script_measures_every_request(script):
         assert result["deepspeed_examples"].keys() == deepspeed_examples(REQUESTS, 1).keys()
         assert 0 < found["mean_ttft_ms"] < found["mean_e2el_ms"]
     assert (out / "server.log").stat().st_size > 0
+
+
+class ScriptedClient:
+    """Streams a token every ``PAUSE`` seconds, for ever to prompts named "endless"; fails for those named "bad"."""
+
+    PAUSE = 0.001
+
+    def __init__(self, port: int) -> None:
+        assert port == 1234
+
+    async def stream(self, prompt: str, new_tokens: int):
+        if prompt == "bad":
+            raise RuntimeError("no such prompt")
+        for generated in range(1, new_tokens + 1):
+            yield generated, 7
+            await asyncio.sleep(3600 if prompt == "endless" and generated == 3 else self.PAUSE)
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "prompt, limit, status, completed, error",
+    [("good", None, "complete", 6, []), ("bad", None, "partial", 5, ["no such prompt"]), ("endless", 3.0, "partial", 5, [])],
+)
+def test_what_does_not_end_or_fails_leaves_the_rest(prompt, limit, status, completed, error, monkeypatch):
+    monkeypatch.setattr(load_client, "LoadClient", ScriptedClient)
+    monkeypatch.setattr(serving, "WARM_UP_TOKENS", 2)
+    configuration = serving.Configuration("fp16", 2, 3, 6, 4, 7, 0.0)
+    args = arguments(*([] if limit is None else ["--time-limit", str(limit)]))
+    texts = ["good"] * 5 + [prompt]
+    found = serving._measure(args, 1234, configuration, texts)
+    assert (found["status"], found["vllm"]["completed"], found["errors"]) == (status, completed, error)
+    tokens = 20 + {"good": 4, "bad": 0, "endless": 3}[prompt]
+    assert found["vllm"]["total_output_tokens"] == tokens
+    assert found["tokens_per_gpu_second"] == pytest.approx(found["vllm"]["output_throughput"] / 2)
+
+
+def test_nothing_measured_is_a_failure(monkeypatch):
+    monkeypatch.setattr(load_client, "LoadClient", ScriptedClient)
+    configuration = serving.Configuration("fp16", 1, 1, 2, 4, 7, 0.0)
+    found = serving._measure(arguments(), 1234, configuration, ["bad", "bad"])
+    assert (found["status"], found["error"]) == ("failed", "RuntimeError: no such prompt")
+
+
+def test_append_keeps_other_configurations(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.json"
+    ends = iter([False, True])
+
+    def measured(args, directory, todo):
+        for configuration in todo:
+            yield {"name": str(configuration), **asdict(configuration), "status": "failed", "error": str(next(ends))}
+
+    monkeypatch.setattr(serving, "_measure_all", measured)
+    common = ["--json", str(file), "--append", "--generation", "8", "--modes"]
+    assert serving.run(arguments(*common, "fp16")) == 1
+    assert serving.run(arguments(*common, "wf6af16")) == 1
+    results = json.loads(file.read_text())["results"]
+    assert [(r["mode"], r["error"]) for r in results] == [("fp16", "False"), ("wf6af16", "True")]
+    ends = iter(["again"])
+    serving.run(arguments(*common, "fp16"))
+    assert [r["error"] for r in json.loads(file.read_text())["results"]] == ["True", "again"]
 
 
 def result(**changes) -> dict:
