@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import torch
 
 from ds_fp6.integrations.deepspeed.graphs import DecodeGraphs, paused
 from ds_fp6.integrations.mii.sampling import Sampler, Sampling, choose, token_logprobs
+from ds_fp6.serving.engine import Engine
+from ds_fp6.serving.errors import ApiError
 from ds_fp6.serving.lifecycle import batch_limits
 from ds_fp6.serving.options import read_template
 from ds_fp6.serving.settings import Settings
@@ -161,3 +164,30 @@ def test_templates(tmp_path):
     assert read_template(None) is None
     with pytest.raises(FileNotFoundError, match="no such template"):
         read_template("no such template")
+
+
+class FakePipeline:
+    """What an engine needs of a pipeline that fails before anything runs."""
+
+    failure: BaseException | None = None
+
+    def __call__(self) -> None:
+        pass
+
+    def fail(self, failure: BaseException) -> None:
+        self.failure = failure
+        self.deliver([(7, failure)])
+
+
+def test_failure_before_the_server_has_started():
+    ended = []
+    engine = Engine(FakePipeline(), lambda: ended.append(True))
+    engine.fail(RuntimeError("rank 1 ended"))
+
+    async def start() -> None:
+        engine.start()
+
+    asyncio.run(start())
+    assert ended == [True]
+    with pytest.raises(ApiError, match="rank 1 ended"):
+        engine.check()

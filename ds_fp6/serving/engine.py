@@ -49,6 +49,8 @@ class Engine:
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        if self.failure is not None:
+            self._on_failure()
 
     async def stop(self, patience: float = 10.0) -> None:
         """Ends the generation thread, or leaves it where it hangs after ``patience`` seconds."""
@@ -85,6 +87,8 @@ class Engine:
             self.pipeline.cancel(uid)
 
     def _deliver(self, outputs: list[tuple[int, Step | BaseException]]) -> None:
+        if self._loop is None:
+            return
         # The loop is closed if the server has ended meanwhile.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._dispatch, outputs)
