@@ -32,14 +32,16 @@ def power_of_two(value: int) -> int:
 def decode_tile(head_size: int, group: int, block_size: int) -> Tile:
     """For one query a sequence; ``group``: query heads per key/value head. A step stays within one cache block."""
     rows = max(MIN_ROWS, power_of_two(group))
-    keys = min(block_size, 64 if rows <= 32 else 32)
+    keys = min(block_size, 64 if rows <= 32 and head_size <= 128 else 32)
     return Tile(rows, keys, warps=4, stages=3)
 
 
 def prefill_tile(head_size: int, group: int, block_size: int) -> Tile:
     """For many queries a sequence, whose rows are (query, head of the group) pairs."""
+    if head_size > 128:
+        return Tile(max(64, power_of_two(group)), min(block_size, 32), warps=4, stages=2)
     rows = max(128 if head_size > 64 else 64, power_of_two(group))
-    return Tile(rows, min(block_size, 64), warps=8 if rows >= 128 else 4, stages=3 if head_size <= 128 else 2)
+    return Tile(rows, min(block_size, 64), warps=8 if rows >= 128 else 4, stages=3)
 
 
 def splits(sequences: int, kv_heads: int) -> int:

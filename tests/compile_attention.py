@@ -1,0 +1,72 @@
+"""Compiles the attention kernels without a GPU and prints, as JSON, what each takes of it: run as a program.
+
+    python tests/compile_attention.py CAPABILITY      (such as 90)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ds_fp6.triton_ops import decode, plan, prefill
+
+#: query heads per key/value head, head size, tokens in a cache block
+SHAPES = [(8, 128, 64), (1, 64, 128), (4, 80, 64), (1, 256, 64)]
+_STRIDES = ("q_stride", "out_stride", "block_stride", "token_stride")
+_TYPES = {
+    "sequences": "*i32", "pointers": "*i64", "partials": "*fp32", "maxima": "*fp32", "sums": "*fp32",
+    "counters": "*i32", "scale": "fp32", "window": "i32", "n_sequences": "i32", **dict.fromkeys(_STRIDES, "i32"),
+    **dict.fromkeys(("out", "q", "cache"), "*fp16"),
+}  # fmt: skip
+
+
+def usage(kernel, constants: dict, tile: plan.Tile, capability: int) -> dict[str, int]:
+    """Bytes of shared memory and of a thread's stack, registers of a thread."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else _TYPES[name] for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+        if name in _STRIDES or signature[name].startswith("*")
+    }  # fmt: skip
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run([reader, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"shared": compiled.metadata.shared, "stack": int(stack), "registers": int(registers)}
+
+
+def main() -> None:
+    capability, found = int(sys.argv[1]), {}
+    for group, head, page in SHAPES:
+        common = {
+            "GROUP": group, "HEAD": head, "PAGE": page, "COLUMNS": plan.power_of_two(head), "WINDOWED": False,
+            "OVERLAP": capability >= 90,
+        }  # fmt: skip
+        tile = plan.decode_tile(head, group, page)
+        width = min(512, plan.power_of_two(group * head))
+        constants = {**common, "ROWS": tile.rows, "KEYS": tile.keys, "WIDTH": width}
+        found[f"decode {group} {head}"] = usage(decode._decode_kernel, constants, tile, capability)
+        tile = plan.prefill_tile(head, group, page)
+        constants = {
+            **common, "ROWS": tile.rows, "KEYS": tile.keys, "QUERIES": tile.rows // group, "SEQUENCES": 64,
+            "SINGLES": True,
+        }  # fmt: skip
+        found[f"prefill {group} {head}"] = usage(prefill._prefill_kernel, constants, tile, capability)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The attention kernels compile for every architecture, into what its multiprocessors have. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: torch's CPU builds leave it out")
+
+ROOT = Path(__file__).parent.parent
+
+#: Bytes of shared memory that a block can have, by compute capability.
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_fit(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "compile_attention.py"), str(capability)],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 8
+    for kernel, usage in found.items():
+        assert usage["shared"] <= SHARED[capability], kernel
+        if capability == 90 and not kernel.endswith("256"):
+            assert usage["stack"] == 0, f"{kernel} spills"
