@@ -114,6 +114,6 @@ def _wrap_client() -> None:
 
 
 HOOKS = (
-    Hook("mii.grpc_related.modelresponse_server", "streams that failed left their client waiting", _wrap_load_balancer),
+    Hook("mii.grpc_related, its load balancer", "streams that failed left their client waiting", _wrap_load_balancer),
     Hook("mii.backend.client.MIIClient", "errors say what happened, not what gRPC makes of it", _wrap_client),
 )
