@@ -15,7 +15,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "tiny-python-llama"
-PROMPTS = ["def main(", "import os\n\n", "for i in range(", "def read_file(path):\n    with open(", "from typing import "]
+PROMPTS = [
+    "def main(", "import os\n\n", "for i in range(", "def read_file(path):\n    with open(", "from typing import ",
+]  # fmt: skip
 NEW_TOKENS, EQUAL_TOKENS = 64, 32
 
 #: Where the two likeliest tokens lie closer together than this, another order of additions may let either win.

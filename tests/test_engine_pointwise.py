@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from triton_device import DEVICE, DTYPES
 
-from ds_fp6.triton_ops import gate, norm
+from ds_fp6.triton_ops import gate, norm, overlap
 
 EPSILON = 1e-6
 
@@ -60,3 +60,13 @@ def test_bad_input_is_refused():
         gate.gated_activation(x[:, :4], x, None, gate.SIGLU)
     with pytest.raises(ValueError, match="rows must be contiguous"):
         norm.rms_norm(x[:, :4], x[:, :4], x[0, :4], EPSILON)
+
+
+def test_dependent_launch_can_be_turned_off(monkeypatch):
+    monkeypatch.delenv(overlap.VARIABLE, raising=False)
+    assert overlap.wanted()
+    monkeypatch.setenv(overlap.VARIABLE, "0")
+    assert not overlap.wanted()
+    monkeypatch.setenv(overlap.VARIABLE, "off")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'off'"):
+        overlap.wanted()

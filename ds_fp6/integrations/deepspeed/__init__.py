@@ -54,8 +54,8 @@ def _engine_hooks() -> tuple[Hook, ...]:
     from ds_fp6.integrations.deepspeed import attention, batch, engine, graphs, kernels, models, pointwise, quantization
 
     loading = Hook("deepspeed.inference.v2.checkpoint", "reads checkpoints tensor by tensor", checkpoint.install)
-    own = engine.HOOKS + batch.HOOKS + attention.HOOKS + graphs.HOOKS + kernels.HOOKS + pointwise.HOOKS + models.HOOKS + quantization.HOOKS
-    return (loading,) + load_format.HOOKS + own
+    modules = (load_format, engine, batch, attention, graphs, kernels, pointwise, models, quantization)
+    return (loading, *(hook for module in modules for hook in module.HOOKS))
 
 
 def install() -> None:

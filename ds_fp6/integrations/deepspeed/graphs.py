@@ -235,8 +235,9 @@ def attach(engine, device: Device, budget: int | None = None) -> DecodeGraphs:
     scratch = block.to(device=state.get_cache(0).device, dtype=torch.int32)
     # The model has the graphs, so these must not keep it alive.
     model = weakref.ref(engine._model)
+    most = min(limits.max_ragged_sequence_count, limits.max_ragged_batch_size)
     graphs = DecodeGraphs(
-        lambda batch: type(model()).forward(model(), batch), min(limits.max_ragged_sequence_count, limits.max_ragged_batch_size),
+        lambda batch: type(model()).forward(model(), batch), most,
         scratch.data_ptr(), device, memory_budget() if budget is None else budget,
     )  # fmt: skip
     graphs.scratch_list = scratch

@@ -172,8 +172,9 @@ def _repair_window(model) -> None:
         from deepspeed.utils import logger
 
         logger.warning(
-            f"ds_fp6: {'all' if every_layer else 'some'} layers of this model were trained to attend to the last {window} "
-            f"positions; here all attend to all of them, so sequences beyond {window} tokens come out differently"
+            f"ds_fp6: {'all' if every_layer else 'some'} layers of this model were trained to attend to the last "
+            f"{window} positions; here all attend to all of them, so sequences beyond {window} tokens come out "
+            f"differently"
         )
 
 
