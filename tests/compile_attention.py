@@ -56,8 +56,9 @@ def main() -> None:
             "OVERLAP": capability >= 90,
         }  # fmt: skip
         tile = plan.decode_tile(head, group, page)
-        width = min(512, plan.power_of_two(group * head))
-        constants = {**common, "ROWS": tile.rows, "KEYS": tile.keys, "WIDTH": width}
+        members = plan.power_of_two(group)
+        parts = plan.parts(members, plan.power_of_two(head))
+        constants = {**common, "ROWS": tile.rows, "KEYS": tile.keys, "MEMBERS": members, "PARTS": parts}
         found[f"decode {group} {head}"] = usage(decode._decode_kernel, constants, tile, capability)
         tile = plan.prefill_tile(head, group, page)
         constants = {

@@ -38,9 +38,17 @@ def decode(batch: cases.Batch, scale: float, window: int | None, splits: int | N
 def test_decode(lengths, shape, dtype):
     batch = cases.make(cases.DECODE[lengths], *SHAPES[shape], dtype, DEVICE)
     scale = SHAPES[shape][2] ** -0.5
-    for splits in (1, 3):
+    for splits in (1, 7):
         found = decode(batch, scale, None, splits)
         assert cases.error(found, cases.attention(batch, scale)) < cases.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", ["gqa8-80", "mha-64"])
+def test_decode_over_more_programs_than_are_added_up_at_a_time(shape):
+    batch = cases.make([(1, 1200), (1, 70)], *SHAPES[shape], torch.float16, DEVICE)
+    scale = SHAPES[shape][2] ** -0.5
+    found = decode(batch, scale, None, 32)
+    assert cases.error(found, cases.attention(batch, scale)) < cases.TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 200])

@@ -23,8 +23,8 @@ def _decode_kernel(
     scale,  # softmax scale · log2(e)
     window,  # positions that a query sees, where WINDOWED
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
+    MEMBERS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -99,35 +99,35 @@ def _decode_kernel(
     if finished != programs - 1:
         return
 
-    # The last program of a sequence and head adds the partial results up: WIDTH of their columns at a time, in fours.
+    # The last program of a sequence and head adds the partial results up, PARTS of them at a time.
     tl.store(counters + pair, 0)
-    four, wide = tl.arange(0, 4), tl.arange(0, WIDTH)
-    pair_rows = pair * splits * GROUP
-    for offset in tl.static_range(0, GROUP * HEAD, WIDTH):
-        at = offset + wide
-        inside = at < GROUP * HEAD
-        maximum_w = tl.full((WIDTH,), float("-inf"), tl.float32)
-        sum_w = tl.zeros((WIDTH,), tl.float32)
-        total_w = tl.zeros((WIDTH,), tl.float32)
-        for begin_part in range(0, programs, 4):
-            part = begin_part + four
-            live = (part < programs)[:, None] & inside[None, :]
-            rows = pair_rows + part[:, None] * GROUP + (at // HEAD)[None, :]
-            totals = tl.load(
-                partials + pair_rows * HEAD + part[:, None] * (GROUP * HEAD) + at[None, :],
-                mask=live, other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            highest = tl.load(maxima + rows, mask=live, other=float("-inf"), cache_modifier=".cg")
-            weights = tl.load(sums + rows, mask=live, other=0.0, cache_modifier=".cg")
-            new_w = tl.maximum(maximum_w, tl.max(highest, 0))
-            # Columns beyond the heads have seen nothing.
-            safe = tl.where(inside, new_w, 0.0)
-            correction_w = tl.exp2(maximum_w - safe)
-            factor = tl.exp2(highest - safe[None, :])
-            sum_w = sum_w * correction_w + tl.sum(weights * factor, 0)
-            total_w = total_w * correction_w + tl.sum(totals * factor, 0)
-            maximum_w = new_w
-        tl.store(out_at + at, (total_w / sum_w).to(out.dtype.element_ty), mask=inside)
+    number, member = tl.arange(0, PARTS), tl.arange(0, MEMBERS)
+    inside = (member < GROUP)[:, None] & (column < HEAD)[None, :]
+    within = member[:, None] * HEAD + column[None, :]
+    all_maximum = tl.full((MEMBERS,), float("-inf"), tl.float32)
+    all_sum = tl.zeros((MEMBERS,), tl.float32)
+    all_total = tl.zeros((MEMBERS, COLUMNS), tl.float32)
+    for begin_part in range(0, programs, PARTS):
+        part = begin_part + number
+        live = (part < programs)[:, None] & (member < GROUP)[None, :]
+        rows = (pair * splits + part) * GROUP
+        totals = tl.load(
+            partials + (rows * HEAD)[:, None, None] + within[None, :, :],
+            mask=(part < programs)[:, None, None] & inside[None, :, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        highest = tl.load(
+            maxima + rows[:, None] + member[None, :], mask=live, other=float("-inf"), cache_modifier=".cg"
+        )  # fmt: skip
+        weights = tl.load(sums + rows[:, None] + member[None, :], mask=live, other=0.0, cache_modifier=".cg")
+        new_maximum = tl.maximum(all_maximum, tl.max(highest, 0))
+        # Rows beyond the group have seen nothing.
+        safe = tl.where(member < GROUP, new_maximum, 0.0)
+        correction = tl.exp2(all_maximum - safe)
+        factor = tl.exp2(highest - safe[None, :])
+        all_sum = all_sum * correction + tl.sum(weights * factor, 0)
+        all_total = all_total * correction[:, None] + tl.sum(totals * factor[:, :, None], 0)
+        all_maximum = new_maximum
+    tl.store(out_at + within, (all_total / all_sum[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 class DecodeWorkspace:
@@ -172,13 +172,13 @@ def decode_attention(
         splits > 1 and n * kv_heads * splits * group > workspace.sums.numel()
     ):
         raise ValueError(f"the workspace has no room for {n} sequences, {kv_heads} heads and {splits} splits")
-    width = min(512, plan.power_of_two(group * head_size))
+    members, columns = plan.power_of_two(group), plan.power_of_two(head_size)
     _decode_kernel[(kv_heads, splits, n)](
         out, q, cache, sequences, pointers,
         workspace.partials, workspace.maxima, workspace.sums, workspace.counters,
         q.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
         scale * math.log2(math.e), window or 0,
         GROUP=group, HEAD=head_size, PAGE=page, ROWS=tile.rows, KEYS=tile.keys,
-        COLUMNS=plan.power_of_two(head_size), WIDTH=width, WINDOWED=bool(window),
-        OVERLAP=overlapped, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
+        COLUMNS=columns, WINDOWED=bool(window),
+        MEMBERS=members, PARTS=plan.parts(members, columns), OVERLAP=overlapped, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 #: Rows of the smallest matrix product of tensor cores: the query heads of a key/value head are padded to it.
 MIN_ROWS = 16
 
-#: Programs that a decode launch aims at, about four for each multiprocessor of the largest GPUs.
-DECODE_PROGRAMS = 512
+#: Programs that a decode launch aims at, about two for each multiprocessor of the largest GPUs.
+DECODE_PROGRAMS = 256
 
 #: More partial results than this take longer to add up than they save.
 MAX_SPLITS = 32
@@ -52,6 +52,11 @@ def splits(sequences: int, kv_heads: int) -> int:
     power of two, and so for a batch and the size that it is filled up to: sums are rounded alike.
     """
     return max(1, min(MAX_SPLITS, DECODE_PROGRAMS // (power_of_two(sequences) * kv_heads)))
+
+
+def parts(members: int, columns: int) -> int:
+    """Partial results of ``members`` heads of ``columns`` channels that are added up at a time: 64 registers' worth."""
+    return max(1, min(MAX_SPLITS, 8192 // (members * columns)))
 
 
 def most_partials(max_sequences: int, kv_heads: int) -> int:
