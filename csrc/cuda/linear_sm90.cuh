@@ -15,10 +15,15 @@ namespace sm90 {
 template <class T, bool kGrouped>
 struct Threads {
     static constexpr int kSums = (T::kOwnPanels + (kGrouped ? 1 : 0)) * T::kSums;  // registers
-    // Beyond that 168 registers a thread, the even share of 384 threads, are too few; the producers then hand theirs to
-    // the consumers, which takes whole warpgroups.
-    static constexpr bool kMovesRegisters = kSums > 80;
-    static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+    // Beyond that the even share of a thread is too few; the producers then hand theirs to the consumers, which takes
+    // whole warpgroups.
+    static constexpr bool kMovesRegisters = kSums > (T::kConsumers == 2 ? 80 : 8);
+    static constexpr int kConsumerRegisters = T::kConsumers == 2 ? 232 : 104;
+    static constexpr int kProducerRegisters = T::kConsumers == 2 ? 40 : 64;
+    // A block starts with even shares, in steps of 8, and has no more to hand around: it would wait for them forever.
+    static constexpr int kStartRegisters = 512 / (T::kConsumers + 1) / 8 * 8;
+    static_assert(!kMovesRegisters || T::kConsumers * kConsumerRegisters + kProducerRegisters <=
+                                          (T::kConsumers + 1) * kStartRegisters, "more registers than the block has");
     static constexpr int kCount = T::kConsumers * 128 + (kMovesRegisters ? 128 : 64);
 };
 

@@ -1,31 +1,111 @@
-// Which tile of the sm_90 kernel for which problem.
+// Which tile of the sm_90 kernel for which problem, and how its tiles are shared out.
 #pragma once
 
+#include <initializer_list>
+
 #include "linear.h"
+#include "linear_sm90_schedule.h"
+#include "linear_sm90_tile.h"
 
 namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-enum class TileChoice { k8, k16, k32, k32Wide, k64, k64Cut, k128, k128Cut };
+enum class TileChoice { k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k64, k64Cut, k64WideCut, k128, k128Narrow, k128Cut };
 
-// The narrowest tile that holds all tokens reads and dequantizes each weight once. Then:
+struct Plan {
+    TileChoice tile;
+    Split split;
+};
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A problem in tiles of shape T.
+struct Tiling {
+    int tiles_n, tiles_m, steps, most_workers;
+
+    template <class T>
+    static Tiling of(const LinearProblem& p, const Device& device) {
+        return {ceil_div(p.n, 64 * T::kPanels), ceil_div(p.m, T::kTokens), ceil_div(p.k, 64 * T::kBlocks),
+                device.sms / T::kClusterK};
+    }
+    int tiles() const { return tiles_n * tiles_m; }
+    Split cut() const { return cut_split(tiles_n, tiles_m, steps, most_workers); }
+    Split whole() const { return whole_split(tiles(), most_workers); }
+    // One tile a worker, and hardly a worker without.
+    bool one_round() const { return tiles() <= most_workers && 10 * tiles() >= 9 * most_workers; }
+    // Every worker has the same number of whole tiles.
+    bool even() const { return tiles() % cut().workers == 0; }
+};
+
+// Up to 64 tokens the narrowest tile that holds them all reads and dequantizes each weight once. Then, with the times in
+// microseconds on an H200 that speak for it (o 8192 x 8192, qkv 10240 x 8192, gate_up 57344 x 8192, down 8192 x 28672):
 //
-//   tokens  condition             tile   reason
-//   <= 32   >= 2^27 weights       wide   four panels share the activations; below that, adding up tiles that are cut in
-//                                        four along K costs more than the activations' traffic
-//   <= 64   < 2^27 weights        cut    likewise: two panels, and pairs of blocks that add up through shared memory
-//   > 64    tiles <= 2/3 of SMs   cut    pairs halve the partial sums that go through the L2
-inline TileChoice choose_tile(const LinearProblem& p, const Device& device) {
-    const bool grouped = p.groups > 1;
-    if (p.m <= 8) return TileChoice::k8;
-    if (p.m <= 16) return TileChoice::k16;
+//   tokens  condition                         tile      reason
+//   <= 8    more tiles of 2 panels than SMs   wide      half the activations' traffic: gate_up 82.6 (narrow 85.3)
+//   <= 16   the same, or tiles of 1 panel     wide      gate_up 83.5 (87.1), qkv 18.5 (18.8); o 16.0 (15.1): adding up
+//           would be cut as well                        tiles that are cut costs more than the traffic
+//   <= 32   tiles of 4 panels for most SMs    wide      gate_up 89.3 (two panels 92.0)
+//           small, one round of pairs         cut       pairs of blocks add up through shared memory: o 15.8 (16.8)
+//           any                               two panels
+//   <= 64   tiles of 4 panels for most SMs    wide      gate_up 110 (cut 115)
+//           >= 2^27 weights                   wide cut  down 56.2 (wide 57.6)
+//           any                               cut       o 19.3 (wide 22.5)
+inline TileChoice choose_tile_of_few_tokens(const LinearProblem& p, const Device& device) {
+    const auto fill = [&](auto tile, int quarters) {
+        return 4 * Tiling::of<decltype(tile)>(p, device).tiles() >= quarters * device.sms;
+    };
     const bool large = static_cast<int64_t>(p.n) * p.k >= 1 << 27;
-    if (p.m <= 32) return large && !grouped ? TileChoice::k32Wide : TileChoice::k32;
-    if (grouped) return TileChoice::k64;  // two sets of sums leave no registers for 128 tokens
-    if (p.m <= 64) return large ? TileChoice::k64 : TileChoice::k64Cut;
-    const int64_t tiles = static_cast<int64_t>((p.n + 255) / 256) * ((p.m + 127) / 128);
-    return 3 * tiles <= 2 * device.sms ? TileChoice::k128Cut : TileChoice::k128;
+    if (p.m <= 8) return fill(Tile8Wide(), 4) ? TileChoice::k8Wide : TileChoice::k8;
+    if (p.m <= 16) {
+        if (fill(Tile16Wide(), 4)) return TileChoice::k16Wide;
+        return fill(Tile16Wide(), 2) && !Tiling::of<Tile16>(p, device).even() ? TileChoice::k16Wide : TileChoice::k16;
+    }
+    if (p.m <= 32) {
+        if (fill(Tile32Wide(), 3)) return TileChoice::k32Wide;
+        return !large && Tiling::of<Tile32Cut>(p, device).one_round() ? TileChoice::k32Cut : TileChoice::k32;
+    }
+    if (fill(Tile64(), 3)) return TileChoice::k64;
+    return large ? TileChoice::k64WideCut : TileChoice::k64Cut;
+}
+
+// What a tile costs, in times of a tile of 256 channels x 128 tokens with all SMs busy (87 us at k = 8192, where adding
+// up and exchanging sums are given too).
+struct TileCost {
+    double tile;       // itself
+    double adding_up;  // the sums of one more contributor
+    double exchange;   // with the other block of a pair
+};
+
+// Beyond 64 tokens tensor cores and power are the limit, and whole tiles on few SMs, which then run at a higher clock,
+// compete with cut tiles on all of them. What each would take, fitted to an H200 and right to 5 % wherever two came
+// close.
+inline double estimated_time(const Tiling& tiling, const Split& split, int k, const TileCost& cost) {
+    const int tiles = tiling.tiles(), rounds = ceil_div(tiles, split.workers);
+    const double busy = static_cast<double>(split.workers) / tiling.most_workers;
+    const double rate = 0.27 + 0.73 * busy;  // of the whole GPU: 96 of 132 SMs reach 640 of 790 TFLOP/s
+    const double exchanging = rounds * cost.exchange * 8192 / k;
+    if (!split.cut || tiles % split.workers == 0) return rounds * busy / rate * cost.tile + exchanging;
+    const double out_of_step = tiling.tiles_m == 1 || split.in_step ? 1.0 : 1.05;
+    const int pieces = ceil_div(split.workers, tiles), contributors = pieces > 2 ? pieces - 1 : 1;  // of a tile
+    return tiles / (tiling.most_workers * rate) * cost.tile * out_of_step + cost.adding_up * contributors * 8192 / k +
+           exchanging;
+}
+
+// A tile of 128 channels reads twice the activations for a weight, and adds up half the sums; cut, pairs of blocks do.
+inline Plan plan_for_many_tokens(const LinearProblem& p, const Device& device) {
+    Plan best{};
+    double least = 0;
+    const auto consider = [&](TileChoice choice, const Tiling& tiling, const TileCost& cost) {
+        for (const Split& split : {tiling.cut(), tiling.whole()}) {
+            const double time = estimated_time(tiling, split, p.k, cost);
+            if (least == 0 || time < least) least = time, best = {choice, split};
+        }
+    };
+    consider(TileChoice::k128, Tiling::of<Tile128>(p, device), {1.0, 0.077, 0.0});
+    consider(TileChoice::k128Narrow, Tiling::of<Tile128Narrow>(p, device), {0.524, 0.038, 0.0});
+    consider(TileChoice::k128Cut, Tiling::of<Tile128Cut>(p, device), {0.262, 0.019, 0.02});
+    return best;
 }
 
 }  // namespace sm90

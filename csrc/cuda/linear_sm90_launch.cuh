@@ -59,20 +59,13 @@ cudaError_t prepare(int device) {
     return status;
 }
 
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 // Tokens whose activations stay in the L2 while the channels go by.
 constexpr int kTokensTogether = 1024;
 
-template <class T>
-Schedule schedule_of(const LinearProblem& problem, const Device& device) {
-    const int tiles_n = ceil_div(problem.n, 64 * T::kPanels), tiles_m = ceil_div(problem.m, T::kTokens);
-    const int steps = ceil_div(problem.k, 64 * T::kBlocks);
-    return make_schedule(tiles_n, tiles_m, steps, device.sms / T::kClusterK, kTokensTogether / T::kTokens);
-}
-
+// `split`: how to share out the tiles; without workers, cut_split's choice.
 template <class T, class C, bool kGrouped>
-cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
+cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream,
+                        Split split = {}) {
     cudaError_t status = prepare<T, C, kGrouped>(device.index);
     if (status != cudaSuccess) return status;
     CUtensorMap x_map;
@@ -90,10 +83,12 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     p.m = problem.m, p.n = problem.n;
     p.groups = problem.groups, p.group_blocks = kGrouped ? problem.group_size / 64 : 1;
     p.panels = ceil_div(problem.n, 64), p.k_blocks = ceil_div(problem.k, 64);
-    p.schedule = schedule_of<T>(problem, device);
-    if (static_cast<size_t>(p.schedule.workers) * T::kClusterK * T::kGroups * sizeof(uint32_t) > kWorkspaceFlagBytes ||
-        static_cast<size_t>(p.schedule.workers) * T::kPanels * 64 * T::kTokens * sizeof(float) >
-            kWorkspaceBytes - kWorkspaceFlagBytes) {
+    const Tiling tiling = Tiling::of<T>(problem, device);
+    if (split.workers == 0) split = tiling.cut();
+    p.schedule = make_schedule(tiling.tiles_n, tiling.tiles_m, tiling.steps, split, kTokensTogether / T::kTokens);
+    const size_t consumers = static_cast<size_t>(p.schedule.workers) * T::kClusterK * T::kGroups;  // that publish
+    if (consumers * sizeof(uint32_t) > kWorkspaceFlagBytes ||
+        consumers * T::kOwnPanels * T::kOwnSums * 128 * sizeof(float) > kWorkspaceBytes - kWorkspaceFlagBytes) {
         return cudaErrorInvalidConfiguration;
     }
 
@@ -116,24 +111,35 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
 template <class Fmt, class T>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
     using C = Codes<Fmt, T>;
-    const TileChoice choice = choose_tile(problem, device);
-    if (problem.groups > 1) {
-        switch (choice) {
-            case TileChoice::k8: return launch_tile<Tile8, C, true>(problem, device, workspace, stream);
-            case TileChoice::k16: return launch_tile<Tile16, C, true>(problem, device, workspace, stream);
-            case TileChoice::k32: return launch_tile<Tile32, C, true>(problem, device, workspace, stream);
-            default: return launch_tile<Tile64, C, true>(problem, device, workspace, stream);
-        }
+    const auto run = [&](auto tile, Split split = {}) {
+        return launch_tile<decltype(tile), C, false>(problem, device, workspace, stream, split);
+    };
+    const auto run_grouped = [&](auto tile) {
+        return launch_tile<decltype(tile), C, true>(problem, device, workspace, stream);
+    };
+    if (problem.groups > 1) {  // two sets of sums leave no registers for more
+        if (problem.m <= 8) return run_grouped(Tile8());
+        if (problem.m <= 16) return run_grouped(Tile16());
+        return problem.m <= 32 ? run_grouped(Tile32Grouped()) : run_grouped(Tile64());
     }
-    switch (choice) {
-        case TileChoice::k8: return launch_tile<Tile8, C, false>(problem, device, workspace, stream);
-        case TileChoice::k16: return launch_tile<Tile16, C, false>(problem, device, workspace, stream);
-        case TileChoice::k32: return launch_tile<Tile32, C, false>(problem, device, workspace, stream);
-        case TileChoice::k32Wide: return launch_tile<Tile32Wide, C, false>(problem, device, workspace, stream);
-        case TileChoice::k64: return launch_tile<Tile64, C, false>(problem, device, workspace, stream);
-        case TileChoice::k64Cut: return launch_tile<Tile64Cut, C, false>(problem, device, workspace, stream);
-        case TileChoice::k128Cut: return launch_tile<Tile128Cut, C, false>(problem, device, workspace, stream);
-        default: return launch_tile<Tile128, C, false>(problem, device, workspace, stream);
+    if (problem.m > 64) {
+        const Plan plan = plan_for_many_tokens(problem, device);
+        if (plan.tile == TileChoice::k128) return run(Tile128(), plan.split);
+        return plan.tile == TileChoice::k128Cut ? run(Tile128Cut(), plan.split) : run(Tile128Narrow(), plan.split);
+    }
+    // bf16 takes longer to dequantize.
+    constexpr bool kHalf = std::is_same_v<T, Half>;
+    switch (choose_tile_of_few_tokens(problem, device)) {
+        case TileChoice::k8: return run(std::conditional_t<kHalf, Tile8, Tile8Four>());
+        case TileChoice::k8Wide: return run(Tile8Wide());
+        case TileChoice::k16: return run(std::conditional_t<kHalf, Tile16, Tile16Four>());
+        case TileChoice::k16Wide: return run(Tile16Wide());
+        case TileChoice::k32: return run(Tile32());
+        case TileChoice::k32Cut: return run(Tile32Cut());
+        case TileChoice::k32Wide: return run(Tile32Wide());
+        case TileChoice::k64WideCut: return run(Tile64WideCut());
+        case TileChoice::k64Cut: return run(Tile64Cut());
+        default: return run(Tile64());
     }
 }
 

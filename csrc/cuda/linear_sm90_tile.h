@@ -28,23 +28,33 @@ struct Tile {
     static_assert(kConsumers % kSplit == 0 && kPanels % kGroups == 0 && kBlocks % kSplit == 0, "even shares");
     static_assert(kUnits % 2 == 0, "the two register buffers alternate with the units");
     static_assert(kClusterK == 1 || kClusterK == 2, "blocks exchange halves");
+    static_assert(kSplit == 1 || kClusterK == 1, "one buffer for sums on their way");
     static_assert(kOwnTokens % 8 == 0, "whole n8 parts of the sums");
 };
 
 // Weights in flight hide the memory's latency: with 36 KB an SM 3.5 TB/s were reached, with 100 KB 4.3. A token costs the
 // L2 and the shared memory 128 bytes a block of K, so that more of them want more panels. At few tokens one panel for
-// both consumers, in turns along K, leaves 8192 channels without a cut tile on 132 SMs. Four consumers of one panel each
-// were no faster than two of two: the register file then leaves them 104 registers, and they spill.
+// all consumers, in turns along K, leaves 8192 channels without a cut tile on 132 SMs. Four consumers hide each other's
+// latencies better where their sums leave them registers: up to 32 tokens. bf16, which takes twice the instructions to
+// dequantize, gains most.
 //
-//              panels tokens blocks stages consumers split clusterK
-using Tile8 =      Tile<1,   8,   4,    9,     2,      2,    1>;
-using Tile16 =     Tile<1,  16,   4,   10,     2,      2,    1>;
-using Tile32 =     Tile<2,  32,   2,   10,     2,      1,    1>;
-using Tile32Wide = Tile<4,  32,   2,    6,     2,      1,    1>;
-using Tile64 =     Tile<4,  64,   2,    5,     2,      1,    1>;
-using Tile64Cut =  Tile<2,  64,   2,    7,     2,      1,    2>;
-using Tile128 =    Tile<4, 128,   1,    7,     2,      1,    1>;
-using Tile128Cut = Tile<4, 128,   1,    5,     2,      1,    2>;
+//                   panels tokens blocks stages consumers split clusterK
+using Tile8 =           Tile<1,   8,   4,    9,     2,      2,    1>;
+using Tile8Four =       Tile<1,   8,   8,    6,     4,      4,    1>;
+using Tile8Wide =       Tile<2,   8,   4,    8,     4,      2,    1>;
+using Tile16 =          Tile<1,  16,   4,   10,     2,      2,    1>;
+using Tile16Four =      Tile<1,  16,   8,    5,     4,      4,    1>;
+using Tile16Wide =      Tile<2,  16,   4,    6,     4,      2,    1>;
+using Tile32Grouped =   Tile<2,  32,   2,   10,     2,      1,    1>;
+using Tile32 =          Tile<2,  32,   4,    5,     4,      2,    1>;
+using Tile32Cut =       Tile<2,  32,   2,   10,     2,      1,    2>;
+using Tile32Wide =      Tile<4,  32,   2,    6,     2,      1,    1>;
+using Tile64 =          Tile<4,  64,   2,    5,     2,      1,    1>;
+using Tile64Cut =       Tile<2,  64,   2,    7,     2,      1,    2>;
+using Tile64WideCut =   Tile<4,  64,   2,    5,     2,      1,    2>;
+using Tile128 =         Tile<4, 128,   1,    7,     2,      1,    1>;
+using Tile128Narrow =   Tile<2, 128,   2,    5,     2,      1,    1>;
+using Tile128Cut =      Tile<2, 128,   2,    5,     2,      1,    2>;
 
 }  // namespace sm90
 }  // namespace cuda

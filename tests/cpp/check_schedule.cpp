@@ -7,14 +7,17 @@
 
 using namespace ds_fp6::cuda::sm90;
 
-static void check(int tiles_n, int tiles_m, int steps, int most, int group_m) {
-    const Schedule s = make_schedule(tiles_n, tiles_m, steps, most, group_m);
+static void check(int tiles_n, int tiles_m, int steps, int most, bool cut, bool in_step, int group_m) {
+    Split split = cut ? cut_split(tiles_n, tiles_m, steps, most) : whole_split(tiles_n * tiles_m, most);
+    split.in_step = in_step;
+    const Schedule s = make_schedule(tiles_n, tiles_m, steps, split, group_m);
     const auto fail = [&](const char* what) {
         std::printf("%d x %d tiles of %d steps, %d workers: %s\n", tiles_n, tiles_m, steps, most, what);
         std::exit(1);
     };
     if (s.workers < 1 || s.workers > most) fail("workers");
-    std::vector<int> seen(size_t(tiles_n) * tiles_m * steps), origin(size_t(tiles_n) * tiles_m), cut(s.workers, -1);
+    std::vector<int> seen(size_t(tiles_n) * tiles_m * steps), origin(size_t(tiles_n) * tiles_m);
+    std::vector<int> publishes(s.workers, -1);
     for (int worker = 0; worker < s.workers; ++worker) {
         PieceWalk walk(s, worker);
         bool first = true;
@@ -22,7 +25,7 @@ static void check(int tiles_n, int tiles_m, int steps, int most, int group_m) {
             if (piece.begin >= piece.end || piece.end > steps) fail("an empty piece");
             if (piece.begin != 0) {
                 if (!first) fail("a worker publishes late");
-                cut[worker] = piece.tile;
+                publishes[worker] = piece.tile;
             }
             for (int step = piece.begin; step < piece.end; ++step) ++seen[size_t(piece.tile) * steps + step];
         }
@@ -36,7 +39,7 @@ static void check(int tiles_n, int tiles_m, int steps, int most, int group_m) {
             if (piece.begin != 0 || piece.end == steps) continue;
             int other = worker;
             for (int done = piece.end; done < steps;) {  // as Epilogue::collect
-                if (++other >= s.workers || cut[other] != piece.tile) fail("an owner asks the wrong worker");
+                if (++other >= s.workers || publishes[other] != piece.tile) fail("an owner asks the wrong worker");
                 done += s.range_begin(other + 1) - s.range_begin(other);
             }
         }
@@ -55,7 +58,11 @@ int main() {
     for (int workers : {1, 2, 3, 7, 66, 132}) {
         for (int tiles_n : {1, 2, 5, 32, 40, 80, 128, 160, 224, 896}) {
             for (int tiles_m : {1, 2, 3, 8, 9, 32}) {
-                for (int steps : {1, 2, 3, 32, 64, 113}) check(tiles_n, tiles_m, steps, workers, 8);
+                for (int steps : {1, 2, 3, 32, 64, 113}) {
+                    check(tiles_n, tiles_m, steps, workers, true, false, 8);
+                    check(tiles_n, tiles_m, steps, workers, true, true, 8);
+                    check(tiles_n, tiles_m, steps, workers, false, false, 8);
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 // Compares linear_sm90, launcher and kernel, with a product in double precision: random codes, activations, scales, bias.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
-// 1, 2: Tile32Wide, Tile64, which they take for weights too many to emulate).
+// else the n-th of kTiles).
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -105,6 +105,17 @@ static void put(std::vector<uint8_t>& tiles, int k_blocks, int n, int k, int cod
 
 constexpr float kPoison = -12345.f;
 
+template <class T>
+constexpr auto kLaunch = &sm90::launch_tile<T, sm90::Codes<Fmt, EMULATED_TYPE>, false>;
+
+// Tiles that the heuristics take for weights too many to emulate.
+constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {
+    kLaunch<sm90::Tile32Wide>,    kLaunch<sm90::Tile64>,          kLaunch<sm90::Tile8Wide>,
+    kLaunch<sm90::Tile16Wide>,    kLaunch<sm90::Tile32>,          kLaunch<sm90::Tile32Cut>,
+    kLaunch<sm90::Tile64WideCut>, kLaunch<sm90::Tile128>,         kLaunch<sm90::Tile128Narrow>,
+    kLaunch<sm90::Tile128Cut>,    kLaunch<sm90::Tile8Four>,       kLaunch<sm90::Tile16Four>,
+};
+
 static bool check(int m, int n, int k, int group_size, int bias, int sms, int tile) {
     std::mt19937 random{static_cast<uint32_t>(m * 31 + n * 7 + k)};
     std::normal_distribution<float> normal;
@@ -148,11 +159,9 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
     const double step = std::is_same_v<EMULATED_TYPE, Half> ? 0x1p-11 : 0x1p-8;  // of rounding y
     for (int turn = 0; turn < 2; ++turn) {  // the second launch finds the flags that the first one left
         std::fill(y.begin(), y.end(), Element(kPoison));
-        using Codes = sm90::Codes<Fmt, EMULATED_TYPE>;
-        const cudaError_t status =
-            tile == 0   ? sm90::launch<Fmt, EMULATED_TYPE>(p, device, workspace.data(), nullptr)
-            : tile == 1 ? sm90::launch_tile<sm90::Tile32Wide, Codes, false>(p, device, workspace.data(), nullptr)
-                        : sm90::launch_tile<sm90::Tile64, Codes, false>(p, device, workspace.data(), nullptr);
+        const cudaError_t status = tile == 0
+                                       ? sm90::launch<Fmt, EMULATED_TYPE>(p, device, workspace.data(), nullptr)
+                                       : kTiles[tile - 1](p, device, workspace.data(), nullptr, sm90::Split{});
         if (status != cudaSuccess) {
             std::printf("m %d n %d k %d group %d: %s\n", m, n, k, group_size,
                         status == cudaErrorLaunchTimeout ? "deadlock" : "launch failed");
