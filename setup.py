@@ -95,6 +95,8 @@ setup(
         "test": ["pytest>=8", "pytest-timeout", *SERVE, "openai>=2", "lm-eval[api]>=0.4.9"],
         "bench": ["matplotlib"],
         "serve": SERVE,
+        # Kernels for GPUs; torch's CUDA builds for Linux bring it.
+        "triton": ["triton>=3.6"],
     },
     entry_points={
         "console_scripts": ["ds-fp6 = ds_fp6.cli:main"],

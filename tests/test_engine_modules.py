@@ -1,4 +1,4 @@
-"""The engine with Triton's attention in it: the same logits as with the CPU's operators, and the setting."""
+"""The engine with Triton's kernels in it: the same logits as with the CPU's operators, and the settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from triton_device import DEVICE
 
 import ds_fp6.integrations.engine as fastgen
-from ds_fp6.integrations.deepspeed import attention, refusals, rotary
+from ds_fp6.integrations.deepspeed import attention, pointwise, refusals, rotary
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares with the CPU's operators, in Triton's interpreter")
 
@@ -35,6 +35,7 @@ def test_logits_are_those_of_the_cpus_operators(family, tmp_path, monkeypatch):
     path = models.save(models.build(family, torch.float16, **size), tmp_path)
     expected = logits(path, PROMPTS, 2)
     monkeypatch.setenv(attention.VARIABLE, "triton")
+    monkeypatch.setenv(pointwise.VARIABLE, "triton")
     found = logits(path, PROMPTS, 2)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
@@ -46,6 +47,19 @@ def test_the_module_is_ours_when_asked_for(tmp_path, monkeypatch):
         monkeypatch.setenv(attention.VARIABLE, choice)
         engine = fastgen.build_engine(path, None, memory_config={"mode": "allocate", "size": 2}, **STATE)
         assert type(engine.model().attn).__name__ == expected
+
+
+def test_norms_and_gates_are_ours_when_asked_for(tmp_path, monkeypatch):
+    from ds_fp6.triton_ops import gate, norm
+
+    path = models.save(models.build("llama_gqa", torch.float16), tmp_path)
+    for choice in ("upstream", "triton"):
+        monkeypatch.setenv(pointwise.VARIABLE, choice)
+        model = fastgen.build_engine(path, None, memory_config={"mode": "allocate", "size": 2}, **STATE).model()
+        kernels = (model.norm._fp_rms.inf_module.rms_norm, model.norm._fp_rms_pre.inf_module.rms_pre_norm,
+                   model.unembed._norm.inf_module.rms_norm, model.mlp_1._act_fn.kernel)  # fmt: skip
+        ours = (norm.rms_norm, norm.rms_pre_norm, norm.rms_norm, gate.gated_activation)
+        assert [a is b for a, b in zip(kernels, ours)] == [choice == "triton"] * 4
 
 
 def test_limits_that_triton_lifts(monkeypatch):
