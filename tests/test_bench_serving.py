@@ -35,7 +35,8 @@ def test_vllm_names_and_values():
         "mean_ttft_ms": 1000.0, "median_ttft_ms": 1000.0, "p50_ttft_ms": 1000.0,
         "p95_ttft_ms": 1450.0, "p99_ttft_ms": 1490.0,
         # 0.4 s over 2 gaps, and 0.5 s over 1.
-        "mean_tpot_ms": 350.0, "median_tpot_ms": 350.0, "p50_tpot_ms": 350.0, "p95_tpot_ms": 485.0, "p99_tpot_ms": 497.0,
+        "mean_tpot_ms": 350.0, "median_tpot_ms": 350.0, "p50_tpot_ms": 350.0,
+        "p95_tpot_ms": 485.0, "p99_tpot_ms": 497.0,
         # Gaps of 100, 300 and 500 ms.
         "mean_itl_ms": 300.0, "median_itl_ms": 300.0, "p50_itl_ms": 300.0, "p95_itl_ms": 480.0, "p99_itl_ms": 496.0,
         "mean_e2el_ms": 1450.0, "median_e2el_ms": 1450.0, "p50_e2el_ms": 1450.0,
@@ -161,7 +162,11 @@ class ScriptedClient:
 
 @pytest.mark.parametrize(
     "prompt, limit, status, completed, error",
-    [("good", None, "complete", 6, []), ("bad", None, "partial", 5, ["no such prompt"]), ("endless", 3.0, "partial", 5, [])],
+    [
+        ("good", None, "complete", 6, []),
+        ("bad", None, "partial", 5, ["no such prompt"]),
+        ("endless", 3.0, "partial", 5, []),
+    ],
 )
 def test_what_does_not_end_or_fails_leaves_the_rest(prompt, limit, status, completed, error, monkeypatch):
     monkeypatch.setattr(load_client, "LoadClient", ScriptedClient)
@@ -210,7 +215,8 @@ def result(**changes) -> dict:
 def test_table_and_ratios():
     results = [
         result(), result(mode="wf6af16", tp=1, **summary(REQUESTS, 3, 1)),
-        result(mode="wf5af16", status="partial", errors=["gone"]), result(mode="wf4e2m1af16", status="failed", error="E"),
+        result(mode="wf5af16", status="partial", errors=["gone"]),
+        result(mode="wf4e2m1af16", status="failed", error="E"),
     ]  # fmt: skip
     lines = serving_report.table(results).splitlines()
     assert lines[1].split()[:5] == ["fp16", "2", "4", "8", "1.5"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -232,6 +234,43 @@ def test_a_server_runs_on_the_gpus_that_its_process_sees(monkeypatch):
     assert command("")[0] == sys.executable
     with pytest.raises(ValueError, match="GPU-8f3a"):
         command("GPU-8f3a,GPU-77b1")
+
+
+def test_a_guard_ends_what_lost_its_parent(tmp_path):
+    nested = "import os, subprocess, time; subprocess.Popen(['sleep', '1000']); open('started', 'w'); time.sleep(1000)"
+    guarding = subprocess.Popen(
+        [sys.executable, "-m", guard.__name__, str(tmp_path)], stdin=subprocess.PIPE, cwd=tmp_path
+    )  # fmt: skip
+    try:
+        guarding.stdin.write(json.dumps([["replica 0", [sys.executable, "-c", nested]]]).encode())
+        guarding.stdin.close()
+        deadline = time.monotonic() + PROMPTLY
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        parent, child = psutil.Process(guarding.pid).children(recursive=True)
+        parent.kill()  # a failure, after which its child is an orphan
+        assert guarding.wait(PROMPTLY) == 1
+        assert guard.failure(tmp_path) == "replica 0 was ended by SIGKILL"
+        assert not child.is_running()
+    finally:
+        guarding.terminate()
+
+
+def test_a_guard_ends_with_its_owner(tmp_path):
+    owner = subprocess.Popen(["sleep", "1000"])
+    guarding = subprocess.Popen(
+        [sys.executable, "-m", guard.__name__, str(tmp_path)], stdin=subprocess.PIPE,
+        env={**os.environ, guard.OWNER_VARIABLE: str(owner.pid)},
+    )  # fmt: skip
+    try:
+        guarding.stdin.write(json.dumps([["replica 0", ["sleep", "1000"]]]).encode())
+        guarding.stdin.close()
+        owner.kill()  # and not waited for
+        assert guarding.wait(PROMPTLY) == 0
+        assert guard.failure(tmp_path) is None
+    finally:
+        owner.wait()
+        guarding.kill()
 
 
 def test_exit_statuses_are_named():

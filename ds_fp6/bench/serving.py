@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"a checkpoint's directory, or a shape with dummy weights: {shapes}")
     parser.add_argument("--load-format", choices=["auto", "dummy"], help="default: dummy for a shape, else auto")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N transformer layers; dummy weights")
-    parser.add_argument("--modes", type=_names, default=["fp16", "wf6af16"], help="comma-separated; default fp16,wf6af16")
+    modes = "comma-separated; default fp16,wf6af16"
+    parser.add_argument("--modes", type=_names, default=["fp16", "wf6af16"], help=modes)
     tp = "tensor-parallel degrees; default 1, but 2 for 16-bit weights of the published experiment"
     parser.add_argument("--tp", type=_integers, metavar="N,N", help=tp)
     for name, text in (("clients", "clients"), ("generation", "tokens in each answer")):

@@ -112,7 +112,7 @@ def plot(results: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         pyplot.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=label)
         for x, y, clients in points:
             pyplot.annotate(str(clients), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    save("throughput_latency.png", "generated tokens per second", "mean latency of a request, s (clients beside points)")
+    save("throughput_latency.png", "generated tokens per second", "mean latency, s (clients beside points)")
 
     for group in _groups(measured, ("mode", "tp", "clients")):
         points = sorted((r["generation"], r["tokens_per_gpu_second"]) for r in group)

@@ -24,6 +24,8 @@ import psutil
 #: Name the deployment's directory and its guard to its processes.
 VARIABLE = "DS_FP6_DEPLOYMENT"
 PROCESS_VARIABLE = "DS_FP6_DEPLOYMENT_GUARD"
+#: A process that the deployment is not to outlive, by its id; without it, the deployment ends when it is told to.
+OWNER_VARIABLE = "DS_FP6_SERVER_OWNER"
 #: Seconds that processes have to end by themselves once one of them did, after ``terminate_server``.
 PATIENCE = 20
 #: Seconds between a failure and the end of the load balancer, which tells the clients.
@@ -62,15 +64,20 @@ def failure(directory: Path, wait: float = 0.0) -> str | None:
         time.sleep(0.05)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only because its parent has yet to take note of its end."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_with_guard() -> None:
     """Ends this process, which belongs to a deployment, soon after the deployment's guard is gone."""
-    try:
-        guard = psutil.Process(int(os.environ[PROCESS_VARIABLE]))
-    except psutil.NoSuchProcess:
-        os._exit(1)
+    guard = int(os.environ[PROCESS_VARIABLE])
 
     def watch() -> None:
-        while guard.is_running() and guard.status() != psutil.STATUS_ZOMBIE:
+        while is_running(guard):
             time.sleep(1)
         os._exit(1)
 
@@ -100,8 +107,9 @@ class Guard:
         self._processes = {name: subprocess.Popen(command, env=environment) for name, command in commands}
 
     def watch(self) -> int:
-        """Returns when every process has ended: 0 if they were told to, 1 after a failure."""
-        while True:
+        """Returns when every process has ended: 0 if they were told to or have lost their owner, 1 after a failure."""
+        owner = int(os.environ.get(OWNER_VARIABLE) or 0)
+        while not owner or is_running(owner):
             for name, process in self._processes.items():
                 status = process.poll()
                 if status == 0:
@@ -109,6 +117,8 @@ class Guard:
                 if status is not None:
                     return self._fail(name, status)
             time.sleep(0.1)
+        self.end()
+        return 0
 
     def _finish(self) -> int:
         deadline = time.monotonic() + PATIENCE

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_fp6.integrations.mii import server
+from ds_fp6.integrations.mii import guard, server
 from ds_fp6.integrations.mii.load_format import has_tokenizer
 
 
@@ -36,7 +36,8 @@ def served(
     log: str | Path | None = None,
     start_limit: float = 600.0,
 ) -> Iterator[int]:
-    """``mii.serve`` on free ports; the port of its load balancer. All of its processes are gone afterwards.
+    """``mii.serve`` on free ports; the port of its load balancer. All of its processes are gone afterwards,
+    and soon after this process, however it ends.
 
     Args:
         mode: quantization mode, None for the checkpoint's own weights.
@@ -57,6 +58,7 @@ def served(
     ports = {"port_number": _free_ports(2 + tensor_parallel), "torch_dist_port": _free_ports(1)}
     with tempfile.TemporaryDirectory() as scores, _environment(MII_CACHE_PATH=scores):
         variables = {server.LOG: log and str(log), server.START_LIMIT: str(start_limit)}
+        variables[guard.OWNER_VARIABLE] = str(os.getpid())
         try:
             with _environment(**variables):
                 mii.serve(
