@@ -47,17 +47,21 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _cuda_include() -> Path:
+    include = Path(NVCC).resolve().parent.parent / "include"
+    if (include / "cuda_fp16.h").exists():
+        return include
+    return next(Path("/usr/local").glob("cuda*/include/cuda_fp16.h")).parent
+
+
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
 @pytest.mark.parametrize("fmt, dtype, cases", [("3, 2", "Half", CASES + GROUPED), ("2, 2", "BFloat16", CASES[2:15:4])])
 def test_emulated_kernel_agrees_with_double_precision(sources: Path, fmt: str, dtype: str, cases: list) -> None:
-    include = Path(NVCC).resolve().parent.parent / "include"
-    if not (include / "cuda_fp16.h").exists():
-        include = next(Path("/usr/local").glob("cuda*/include/cuda_fp16.h")).parent
     program = sources / f"emulate_{dtype}"
     subprocess.run(
         ["c++", "-std=c++17", "-O1", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
-         f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_TYPE={dtype}", f"-I{sources}", f"-I{include}",
+         f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_TYPE={dtype}", f"-I{sources}", f"-I{_cuda_include()}",
          str(sources / "main.cpp"), "-o", str(program)],
         check=True,
     )  # fmt: skip
@@ -71,6 +75,19 @@ def test_schedule_does_every_step_once(tmp_path: Path) -> None:
     program = tmp_path / "check_schedule"
     source = ROOT / "tests" / "cpp" / "check_schedule.cpp"
     subprocess.run(["c++", "-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.strip() == "right", result.stdout
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
+def test_every_problem_has_a_plan(tmp_path: Path) -> None:
+    program = tmp_path / "check_plan"
+    source = ROOT / "tests" / "cpp" / "check_plan.cpp"
+    subprocess.run(
+        ["c++", "-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", f"-I{_cuda_include()}", str(source), "-o", str(program)],
+        check=True,
+    )  # fmt: skip
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and result.stdout.strip() == "right", result.stdout
 

@@ -11,7 +11,9 @@ namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-enum class TileChoice { k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k64, k64Cut, k64WideCut, k128, k128Narrow, k128Cut };
+enum class TileChoice {
+    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k64, k64Cut, k64WideCut, k128, k128Narrow, k128Cut
+};
 
 struct Plan {
     TileChoice tile;
@@ -27,7 +29,7 @@ struct Tiling {
     template <class T>
     static Tiling of(const LinearProblem& p, const Device& device) {
         return {ceil_div(p.n, 64 * T::kPanels), ceil_div(p.m, T::kTokens), ceil_div(p.k, 64 * T::kBlocks),
-                device.sms / T::kClusterK};
+                device.sms > T::kClusterK ? device.sms / T::kClusterK : 1};
     }
     int tiles() const { return tiles_n * tiles_m; }
     Split cut() const { return cut_split(tiles_n, tiles_m, steps, most_workers); }
@@ -38,8 +40,9 @@ struct Tiling {
     bool even() const { return tiles() % cut().workers == 0; }
 };
 
-// Up to 64 tokens the narrowest tile that holds them all reads and dequantizes each weight once. Then, with the times in
-// microseconds on an H200 that speak for it (o 8192 x 8192, qkv 10240 x 8192, gate_up 57344 x 8192, down 8192 x 28672):
+// Up to 64 tokens the narrowest tile that holds them all reads and dequantizes each weight once. Then, with the times
+// in microseconds on an H200 that speak for it (o 8192 x 8192, qkv 10240 x 8192, gate_up 57344 x 8192, down 8192 x
+// 28672):
 //
 //   tokens  condition                         tile      reason
 //   <= 8    more tiles of 2 panels than SMs   wide      half the activations' traffic: gate_up 82.6 (narrow 85.3)

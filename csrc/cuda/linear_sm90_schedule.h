@@ -24,8 +24,8 @@ struct Schedule {
     int steps;        // steps along K of a tile
     int tiles_n;      // tiles along the channels
     int tiles_m;      // and along the tokens
-    int group_m;      // tiles along the tokens that are taken together, so that they share weights in the L2; 0: all, and
-                      // the channels run fastest
+    int group_m;      // tiles along the tokens that are taken together, so that they share weights in the L2;
+                      // 0: all, and the channels run fastest
     int whole;        // tiles [0, whole) are computed by one worker each: tile i * workers + worker
     int range_least;  // steps in a worker's range: range_least, and one more for the first range_more workers
     int range_more;
@@ -46,10 +46,10 @@ struct Split {
 inline int phases(int tiles, int workers) { return workers / std::gcd(tiles, workers); }
 
 // For tiles that may be cut, between at most `most` workers, and no more than have some steps to do. A few fewer where
-// their ranges then begin at fewer phases: workers at the same step along K share what they read in the L2, and adding up
-// costs more than idle SMs (10240 channels, 512 tokens: 126 us with 132 workers, 115 with 128). In step: where the
-// workers are also a multiple of the tiles along the tokens, those that share weights are at the same step, and
-// the weights are read from memory once.
+// their ranges then begin at fewer phases: workers at the same step along K share what they read in the L2, and adding
+// up costs more than idle SMs (10240 channels, 512 tokens: 126 us with 132 workers, 115 with 128). In step: where the
+// workers are also a multiple of the tiles along the tokens, those that share weights are at the same step, and the
+// weights are read from memory once.
 inline Split cut_split(int tiles_n, int tiles_m, int steps, int most) {
     constexpr int kLeastSteps = 4, kMostPhases = 8, kMostRows = 8;  // rows: whose activations stay in the L2
     const int tiles = tiles_n * tiles_m, busy = tiles * (steps < kLeastSteps ? 1 : steps / kLeastSteps);

@@ -1,0 +1,60 @@
+// Every problem on every GPU has a tile and a split that the kernel and its workspace can take.
+#include <cstdio>
+#include <cstdlib>
+
+#include "cuda/linear_sm90_heuristics.h"
+
+using namespace ds_fp6::cuda;
+using namespace ds_fp6::cuda::sm90;
+
+static void check_split(const LinearProblem& p, const Device& device, const Tiling& tiling, const Split& split, int cluster) {
+    const auto fail = [&](const char* what) {
+        std::printf("m %d n %d k %d, %d SMs, %d workers: %s\n", p.m, p.n, p.k, device.sms, split.workers, what);
+        std::exit(1);
+    };
+    if (split.workers < 1 || split.workers * cluster > device.sms) fail("workers");
+    if (split.workers > tiling.tiles() * tiling.steps) fail("workers without a step");
+    if (split.in_step && split.workers % tiling.tiles_m != 0) fail("out of step");
+    const Schedule s = make_schedule(tiling.tiles_n, tiling.tiles_m, tiling.steps, split, 8);
+    const long long shared = static_cast<long long>(tiling.tiles() - s.whole) * tiling.steps;
+    if (s.whole < 0 || s.range_begin(split.workers) != shared) fail("ranges that do not end with the tiles");
+}
+
+int main() {
+    for (int sms : {2, 16, 78, 114, 132}) {
+        for (int n : {1, 64, 200, 4096, 8192, 10240, 57344, 128256}) {
+            for (int k : {8, 64, 1000, 8192, 28672}) {
+                for (int m : {1, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 200, 256, 511, 768, 1024, 4097}) {
+                    LinearProblem p{};
+                    p.m = m, p.n = n, p.k = k, p.groups = 1;
+                    const Device device{0, 9, 0, sms, 227 * 1024};
+                    const auto check = [&](auto tile, const Split* split) {
+                        const Tiling tiling = Tiling::of<decltype(tile)>(p, device);
+                        check_split(p, device, tiling, split ? *split : tiling.cut(), decltype(tile)::kClusterK);
+                    };
+                    if (m > 64) {
+                        const Plan plan = plan_for_many_tokens(p, device);
+                        if (plan.tile == TileChoice::k128) check(Tile128(), &plan.split);
+                        else if (plan.tile == TileChoice::k128Cut) check(Tile128Cut(), &plan.split);
+                        else check(Tile128Narrow(), &plan.split);
+                        continue;
+                    }
+                    switch (choose_tile_of_few_tokens(p, device)) {
+                        case TileChoice::k8: check(Tile8Four(), nullptr); [[fallthrough]];
+                        case TileChoice::k8Wide: check(Tile8Wide(), nullptr); break;
+                        case TileChoice::k16: check(Tile16Four(), nullptr); [[fallthrough]];
+                        case TileChoice::k16Wide: check(Tile16Wide(), nullptr); break;
+                        case TileChoice::k32: check(Tile32(), nullptr); break;
+                        case TileChoice::k32Cut: check(Tile32Cut(), nullptr); break;
+                        case TileChoice::k32Wide: check(Tile32Wide(), nullptr); break;
+                        case TileChoice::k64: check(Tile64(), nullptr); break;
+                        case TileChoice::k64Cut: check(Tile64Cut(), nullptr); break;
+                        case TileChoice::k64WideCut: check(Tile64WideCut(), nullptr); break;
+                        default: std::printf("m %d: a tile for many tokens\n", m); return 1;
+                    }
+                }
+            }
+        }
+    }
+    std::printf("right\n");
+}
