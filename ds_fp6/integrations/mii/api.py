@@ -74,5 +74,5 @@ def _wrap_init_distributed() -> None:
 
 HOOKS = (
     Hook("mii.api._parse_kwargs_to_model_config", "unknown quantization modes are refused first", _wrap_parsing),
-    Hook("mii.utils.init_distributed", "ranks are counted; a process of its own takes a free port", _wrap_init_distributed),
+    Hook("mii.utils.init_distributed", "ranks are counted, a lone one takes a free port", _wrap_init_distributed),
 )
