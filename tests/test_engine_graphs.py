@@ -153,6 +153,10 @@ def test_settings(monkeypatch):
     assert graphs.chosen(cpu=False) == (
         False, "DeepSpeed's attention cannot be captured (DS_FP6_ATTENTION=upstream)",
     )  # fmt: skip
+    monkeypatch.setenv(graphs.VARIABLE, "1")
+    for cpu, why in ((True, "the engine runs on a CPU"), (False, "DeepSpeed's attention cannot be captured")):
+        with pytest.raises(ValueError, match=f"DS_FP6_CUDA_GRAPHS=1 cannot be had: {why}"):
+            graphs.chosen(cpu)
     monkeypatch.setenv(graphs.VARIABLE, "0")
     assert graphs.chosen(cpu=False) == (False, "DS_FP6_CUDA_GRAPHS=0")
     monkeypatch.setenv(graphs.VARIABLE, "yes")

@@ -40,18 +40,21 @@ _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 def chosen(cpu: bool) -> tuple[bool, str]:
     """Whether decode steps are captured, and why or why not. ``cpu``: whether the engine runs on a CPU.
 
-    Raises ``ValueError`` for another value of the variable.
+    Raises ``ValueError`` for another value of the variable, or one that asks for what cannot be had.
     """
     text = os.environ.get(VARIABLE, "").strip()
     if text not in ("", "0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {text!r}")
     if text == "0":
         return False, f"{VARIABLE}=0"
-    if cpu:
-        return False, "the engine runs on a CPU"
     choice, why = attention.chosen(cpu)
-    if choice != "triton":
-        return False, f"DeepSpeed's attention cannot be captured ({why})"
+    problem = "the engine runs on a CPU" if cpu else None
+    if problem is None and choice != "triton":
+        problem = f"DeepSpeed's attention cannot be captured ({why})"
+    if problem and text:
+        raise ValueError(f"{VARIABLE}=1 cannot be had: {problem}")
+    if problem:
+        return False, problem
     return True, f"{VARIABLE}=1" if text else "default on a GPU"
 
 
@@ -292,7 +295,7 @@ def _init_engine(original, self, policy, engine_config) -> None:
     if problem is None:
         attach(self, CudaDevice(self._base_mp_group))
     elif use:
-        logger.info(f"ds_fp6: decode steps are not captured: {problem}")
+        logger.warning(f"ds_fp6: decode steps are not captured: {problem}")
     if not on_cpu():
         warm_up(self)
 
