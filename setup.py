@@ -92,7 +92,7 @@ setup(
         "requests",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", *SERVE, "openai>=2", "lm-eval[api]>=0.4.9"],
+        "test": ["pytest>=8", "pytest-timeout", "matplotlib", *SERVE, "openai>=2", "lm-eval[api]>=0.4.9"],
         "bench": ["matplotlib"],
         "serve": SERVE,
         # Kernels for GPUs; torch's CUDA builds for Linux bring it.
