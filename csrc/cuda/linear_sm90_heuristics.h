@@ -72,7 +72,7 @@ inline TileChoice choose_tile_of_few_tokens(const LinearProblem& p, const Device
     return large ? TileChoice::k64WideCut : TileChoice::k64Cut;
 }
 
-// What a tile costs, in times of a tile of 256 channels x 128 tokens with all SMs busy (87 us at k = 8192, where adding
+// What a tile costs, in times of a tile of 256 channels x 128 tokens with all SMs busy (89 us at k = 8192, where adding
 // up and exchanging sums are given too).
 struct TileCost {
     double tile;       // itself
