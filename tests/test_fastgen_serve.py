@@ -19,7 +19,7 @@ import psutil
 import pytest
 from mii.backend.server import MIIServer
 
-from ds_fp6.integrations.mii import guard, server
+from ds_fp6.integrations.mii import entry, guard, server
 from ds_fp6.integrations.mii.server import is_free
 
 MODEL = str(Path(__file__).parent.parent / "examples" / "tiny-python-llama")
@@ -70,8 +70,7 @@ def command(process: psutil.Process) -> list[str]:
 
 def ranks() -> list[psutil.Process]:
     """The processes that hold a model, without their launchers, by their ports and ranks."""
-    server = ["-m", "mii.launch.multi_gpu_server"]
-    found = [p for p in processes() if command(p)[1:3] == server and "--server-port" in command(p)]
+    found = [p for p in processes() if command(p)[1:3] == ["-m", entry.__name__] and "--server-port" in command(p)]
 
     def place(process: psutil.Process) -> tuple[int, int]:
         words = command(process)
@@ -210,6 +209,8 @@ def test_a_server_that_does_not_start_says_why_and_leaves_nothing_behind(broken,
         problem = "model.safetensors"
     else:
         monkeypatch.setenv("DS_FP6_KV_MEMORY", "1K")
+        # The server is hooked all the same: the problem is in this package's words.
+        monkeypatch.setenv("DS_FP6_AUTOLOAD", "0")
         problem = "the KV cache may take 1024 bytes, less than one block"
     with pytest.raises(RuntimeError, match=f"did not start: replica 0 ended with status 1: .*{problem}"):
         mii.serve(path, deployment_name=broken, **ports)

@@ -28,6 +28,7 @@ REPAIRS = (
     Repair("client-loop", "mii.client failed outside the main thread, and after asyncio.run"),
     Repair("rank-count", "a launcher that started more or fewer ranks than tensor_parallel left them waiting"),
     Repair("launcher", "mii.serve failed without deepspeed on the PATH, and with more ranks than NUMA nodes (CPU)"),
+    Repair("server-hooks", "mii.serve started processes without hooks where this package is not installed"),
     Repair("visible-devices", "mii.serve under CUDA_VISIBLE_DEVICES started on the first GPUs of the machine"),
     Repair("greedy", "requests that take the likeliest token sorted the vocabulary at each step, for top-p"),
     Repair("mixed-parameters", "requests with different sampling or stop parameters in one batch ended the server"),

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from ds_fp6.integrations.deepspeed import refusals
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
-from ds_fp6.integrations.mii import guard
+from ds_fp6.integrations.mii import entry, guard
 from ds_fp6.integrations.mii.pipeline import check_running
 from ds_fp6.integrations.patching import Hook, wrap
 
@@ -156,6 +156,7 @@ def _initialize_service(original, self, mii_config) -> list[subprocess.Popen]:
         original(self, mii_config)
     finally:
         server.subprocess = usual
+    commands = [[entry.__name__ if part == entry.MII_ENTRY else part for part in command] for command in commands]
     replicas = [f"replica {i}" for i in range(len(mii_config.model_conf.replica_configs))]
     names = [*replicas, guard.BALANCER, guard.GATEWAY][: len(commands)]
     directory = deployment_directory(mii_config.deployment_name)
