@@ -6,6 +6,8 @@ import os
 import sys
 import tempfile
 
+import pytest
+
 # Before torch and transformers read them.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -24,3 +26,15 @@ def _refuse_network(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_left_alone():
+    """What a test leaves in the environment reaches every process that a later one starts."""
+    before = dict(os.environ)
+    yield
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    changed.discard("PYTEST_CURRENT_TEST")
+    for name in changed:
+        os.environ.pop(name, None) if name not in before else os.environ.__setitem__(name, before[name])
+    assert not changed, f"the test changed these environment variables: {sorted(changed)}"

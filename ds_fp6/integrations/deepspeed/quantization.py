@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 from contextvars import ContextVar
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from ds_fp6.formats import Mode
 from ds_fp6.integrations.deepspeed import models, refusals
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
+from ds_fp6.integrations.deepspeed.world import stand_alone
 from ds_fp6.integrations.patching import Hook, wrap
 
 
@@ -50,17 +50,6 @@ def checked_mode(text: str | None) -> Mode | None:
     return mode
 
 
-def stand_alone(ranks: int) -> None:
-    """A process that no launcher started is its own world. DeepSpeed would ask mpi4py."""
-    if ranks == 1 and "RANK" not in os.environ and not torch.distributed.is_initialized():
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = str(probe.getsockname()[1])
-        own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        for name, value in own.items():
-            os.environ.setdefault(name, value)
-
-
 def _build_hf_engine(original, path, engine_config, *args, **kwargs):
     mode = engine_config.quantization.quantization_mode
     checked_mode(mode)
@@ -73,8 +62,8 @@ def _build_hf_engine(original, path, engine_config, *args, **kwargs):
         config = AutoConfig.from_pretrained(path)
         refusals.check(config, on_cpu(), engine_config.tensor_parallel.tp_size)
         models.activation_dtype(config, mode)
-    stand_alone(engine_config.tensor_parallel.tp_size)
-    return original(path, engine_config, *args, **kwargs)
+    with stand_alone(engine_config.tensor_parallel.tp_size):
+        return original(path, engine_config, *args, **kwargs)
 
 
 def _wrap_engine_factory() -> None:

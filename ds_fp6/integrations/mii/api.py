@@ -8,7 +8,8 @@ import torch
 
 from ds_fp6.integrations.checkpoint import check_location
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
-from ds_fp6.integrations.deepspeed.quantization import checked_mode, stand_alone
+from ds_fp6.integrations.deepspeed.quantization import checked_mode
+from ds_fp6.integrations.deepspeed.world import stand_alone
 from ds_fp6.integrations.patching import Hook, wrap
 
 
@@ -61,9 +62,9 @@ def _share_cores(ranks: int) -> None:
 
 def _init_distributed(original, model_config):
     _check_ranks(model_config.tensor_parallel)
-    stand_alone(model_config.tensor_parallel)
     _share_cores(model_config.tensor_parallel)
-    return original(model_config)
+    with stand_alone(model_config.tensor_parallel):
+        return original(model_config)
 
 
 def _wrap_init_distributed() -> None:
