@@ -22,7 +22,7 @@ _ALIGNMENT = 16
 _SETS = 2
 
 
-def _mark():
+def device_mark():
     """An event after all that the device has been asked to do, None where it is done already."""
     from deepspeed.accelerator import get_accelerator
 
@@ -77,7 +77,7 @@ class Staging:
     def send(self) -> None:
         """Copies the current set to the device, without waiting."""
         self._device.copy_(self._hosts[self._current], non_blocking=True)
-        self._copied[self._current] = _mark()
+        self._copied[self._current] = device_mark()
 
 
 def _init(original, self, config) -> None:
@@ -145,7 +145,7 @@ def _build_atoms(original, self, ragged_batch) -> None:
     if copied is not None:
         copied.synchronize()
     original(self, ragged_batch)
-    self.__dict__["_atoms_copied"] = _mark()
+    self.__dict__["_atoms_copied"] = device_mark()
 
 
 def _put(original, self, batch_uids, batch_tokens, do_checks=True):

@@ -38,9 +38,9 @@ REPAIRS = (
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, errors, load_format, pipeline, processing, requests, server, stream
+    from ds_fp6.integrations.mii import api, errors, load_format, loop, pipeline, processing, requests, server, stream
 
-    modules = load_format, api, pipeline, requests, processing, stream, server, errors
+    modules = load_format, api, pipeline, requests, processing, loop, stream, server, errors
     return tuple(hook for module in modules for hook in module.HOOKS)
 
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from ds_fp6.integrations.deepspeed import refusals
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.mii import entry, guard
+from ds_fp6.integrations.mii.loop import is_idle
 from ds_fp6.integrations.mii.pipeline import check_running
 from ds_fp6.integrations.patching import Hook, wrap
 
@@ -264,7 +265,7 @@ def _generate(original, self):
     from mii.batching.ragged_batching import MIIAsyncPipeline
 
     queue = self.request_queue
-    if type(self) is MIIAsyncPipeline and self.is_rank_0 and not self.scheduled_requests and not self.buffer:
+    if type(self) is MIIAsyncPipeline and self.is_rank_0 and is_idle(self):
         with queue.not_empty:
             if not queue.queue:
                 queue.not_empty.wait(IDLE)

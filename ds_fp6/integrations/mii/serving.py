@@ -32,6 +32,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from ds_fp6.integrations import load_format as formats
 from ds_fp6.integrations import mii as hooks
+from ds_fp6.integrations.mii.loop import is_idle
 from ds_fp6.integrations.mii.pipeline import kv_capacity
 from ds_fp6.integrations.mii.prompt_logits import prompt_logits
 from ds_fp6.integrations.mii.sampling import Sampler, Sampling, TokenLogprobs, choose, token_logprobs
@@ -199,15 +200,13 @@ class ServingPipeline(MIIAsyncPipeline):
                 self._work.wait()
                 continue
             self.generate()
-            if self._outputs:
-                outputs, self._outputs = self._outputs, []
-                self.deliver(outputs)
+        self._hand_over()
         self.scheduled_requests = RequestBatch()
         self._bcast_requests(force=True)
 
     def _idle(self) -> bool:
-        busy = self.buffer or self._cancelled or self._ending
-        return not busy and self.request_queue.empty() and not len(self.scheduled_requests)
+        busy = self._cancelled or self._ending or not is_idle(self)
+        return not busy and self.request_queue.empty()
 
     def follow(self) -> None:
         """The loop of ranks other than 0, until rank 0 ends."""
@@ -260,19 +259,20 @@ class ServingPipeline(MIIAsyncPipeline):
             start += len(tokens)
         return rows, targets
 
-    def _process_logits(self, next_token_logits, running_requests):
-        """Tokens int64 [n] and whether each ends its sequence. Parts of prompts before the last choose nothing."""
-        requests = list(running_requests)
+    def _choose_tokens(self, logits: torch.Tensor, requests) -> torch.Tensor:
+        """Tokens int64 [requests]. Parts of prompts before the last choose nothing."""
+        found = torch.zeros(len(requests), dtype=torch.int64)
         rows = [row for row, request in enumerate(requests) if request.last_in_prompt]
-        tokens = torch.zeros(len(requests), dtype=torch.int64)
         if rows:
-            logits = next_token_logits[rows]
-            sequences = [requests[row].sequence for row in rows]
-            tokens[rows] = choose(logits[:, : self.vocab_size], [sequence.sampler for sequence in sequences])
-            self._add_logprobs(logits, [requests[row] for row in rows], tokens[rows].tolist())
-        done = torch.zeros(len(requests), dtype=torch.bool)
-        done[rows] = torch.tensor([token in self.eos_token_ids for token in tokens[rows].tolist()], dtype=torch.bool)
-        return tokens, done
+            chosen = logits if len(rows) == len(requests) else logits[rows]
+            choosing = [request for request in requests if request.last_in_prompt]
+            tokens = choose(chosen[:, : self.vocab_size], [request.sequence.sampler for request in choosing])
+            self._add_logprobs(chosen, choosing, tokens.tolist())
+            found[rows] = tokens
+        return found
+
+    def _ended(self, tokens: torch.Tensor, requests) -> list[bool]:
+        return [token in self.eos_token_ids for token in tokens.tolist()]
 
     def _add_logprobs(self, logits, requests, tokens: list[int]) -> None:
         wanted = [i for i, request in enumerate(requests) if request.sequence.logprobs is not None]
@@ -281,6 +281,12 @@ class ServingPipeline(MIIAsyncPipeline):
             found = token_logprobs(logits[wanted], [tokens[i] for i in wanted], counts)
             for i, logprobs in zip(wanted, found, strict=True):
                 requests[i].next_logprobs = logprobs
+
+    def _hand_over(self) -> None:
+        super()._hand_over()
+        if self._outputs:
+            outputs, self._outputs = self._outputs, []
+            self.deliver(outputs)
 
     def _generate_output(self, r) -> None:
         finish = FINISH_REASONS.get(r.finish_reason)
