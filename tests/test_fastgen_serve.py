@@ -274,6 +274,18 @@ def test_a_guard_ends_with_its_owner(tmp_path):
         guarding.kill()
 
 
+def test_a_deployments_configuration_is_the_one_last_written(tmp_path, monkeypatch):
+    from mii.constants import DeploymentType
+    from mii.utils import import_score_file
+
+    path = tmp_path / "score.py"
+    monkeypatch.setattr(mii.utils, "generated_score_path", lambda *_: str(path))
+    for ranks in (2, 3):
+        path.write_text(f"ranks = {ranks}\n")
+        os.utime(path, (1e9, 1e9))
+        assert import_score_file("name", DeploymentType.LOCAL).ranks == ranks
+
+
 def test_exit_statuses_are_named():
     assert guard.status_text(-9) == guard.status_text(247) == "was ended by SIGKILL"
     assert guard.status_text(1) == "ended with status 1"

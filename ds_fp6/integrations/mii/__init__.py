@@ -22,6 +22,7 @@ REPAIRS = (
     Repair("async-failure", "an exception in the generation thread left every client waiting for ever"),
     Repair("ports", "a second live pipeline found ports 25555 and 29500 taken"),
     Repair("server", "failed streams left their client waiting, failed servers their processes running"),
+    Repair("score-file", "a server started again within a second got the arguments of the one before"),
     Repair("server-ports", "a server on a port that is in use started all the same, and shared its requests"),
     Repair("restful-gateway", "terminate_server left the RESTful gateway running"),
     Repair("idle", "a server without requests kept a core busy"),
@@ -38,9 +39,10 @@ REPAIRS = (
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, errors, load_format, loop, pipeline, processing, requests, server, stream
+    from ds_fp6.integrations.mii import api, errors, load_format, loop, pipeline, processing, requests, score_file
+    from ds_fp6.integrations.mii import server, stream
 
-    modules = load_format, api, pipeline, requests, processing, loop, stream, server, errors
+    modules = load_format, api, pipeline, requests, processing, loop, stream, score_file, server, errors
     return tuple(hook for module in modules for hook in module.HOOKS)
 
 
