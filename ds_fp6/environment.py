@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import platform
@@ -80,12 +81,15 @@ def _repairs(hooks: dict[str, str]) -> list[dict[str, str]]:
 def _engine() -> dict[str, dict[str, str]]:
     """What the engine would use on this machine, and why; a setting that is refused is its own explanation."""
     from ds_fp6.integrations.deepspeed import attention, graphs, pointwise
+    from ds_fp6.integrations.mii import lookahead
 
     cpu = not torch.cuda.is_available()
     found = {}
-    for name, part in (("attention", attention), ("norms and gates", pointwise), ("cuda graphs", graphs)):
+    parts = {"attention": attention, "norms and gates": pointwise, "cuda graphs": graphs}
+    choices = {name: functools.partial(part.chosen, cpu) for name, part in parts.items()}
+    for name, chosen in {**choices, "lookahead": lookahead.chosen}.items():
         try:
-            use, why = part.chosen(cpu)
+            use, why = chosen()
             found[name] = {"use": {True: "on", False: "off"}.get(use, use), "why": why}
         except ValueError as error:
             found[name] = {"use": "refused", "why": str(error)}

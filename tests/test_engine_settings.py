@@ -32,12 +32,16 @@ def test_environment_says_what_is_in_use_and_why(monkeypatch, capsys):
 
     from ds_fp6 import environment
 
-    monkeypatch.delenv(attention.VARIABLE, raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for variable in (attention.VARIABLE, "TRITON_INTERPRET", "DS_FP6_LOOKAHEAD"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = {"use": "the CPU's operators", "why": "the engine runs on a CPU"}
     off = {**here, "use": "off"}
-    assert environment._engine() == {"attention": here, "norms and gates": here, "cuda graphs": off}
+    plain = {"use": "off", "why": "default"}
+    found = environment._engine()
+    assert found == {"attention": here, "norms and gates": here, "cuda graphs": off, "lookahead": plain}
+    monkeypatch.setenv("DS_FP6_LOOKAHEAD", "1")
+    assert environment._engine()["lookahead"]["use"] == "on"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_ops, "problem", lambda: None)
     assert environment._engine()["cuda graphs"] == {"use": "on", "why": "default on a GPU"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 
@@ -12,12 +13,17 @@ import torch
 from mii.batching.ragged_batching import MIIAsyncPipeline, MIIPipeline, RaggedBatchBase
 from mii.constants import GenerationFinishReason
 from mii.modeling.models import load_model
+from servers import MODEL
+
+from ds_fp6.integrations.mii import lookahead
+from ds_fp6.integrations.mii.sampling import Sampling
+from ds_fp6.integrations.mii.serving import ServingPipeline
 
 STATE = {
     "max_ragged_batch_size": 96, "max_ragged_sequence_count": 6, "max_tracked_sequences": 8,
     "memory_config": {"mode": "allocate", "size": 16},
 }  # fmt: skip
-LOOPS = ("upstream", "default")
+LOOPS = ("upstream", "default", "lookahead")
 PATIENCE = 60
 
 
@@ -34,27 +40,32 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def build(parts, monkeypatch):
-    """Pipelines of a class with one of the loops, on the same engine; all blocks are free again when they are gone."""
+    """Pipelines of a class with one of the loops, on the same engine. All blocks are free again when one has ended."""
     engine, tokenizer, config = parts
     built = []
 
+    def clear() -> None:
+        if built and getattr(built[-1], "thread", None) is not None and built[-1].thread.is_alive():
+            built[-1].shutdown()
+        # What nobody has asked to be freed.
+        for uid in list(engine._state_manager.tracked_sequences):
+            engine.flush(uid)
+        assert engine.free_blocks == [STATE["memory_config"]["size"]]
+
     def build(cls, loop: str):
+        clear()
+
         class Pipeline(cls):
             if loop == "upstream":
                 generate = RaggedBatchBase.generate.__wrapped__
 
+        monkeypatch.setenv(lookahead.VARIABLE, str(int(loop == "lookahead")))
         arguments = {"inference_engine": engine, "tokenizer": tokenizer, "model_config": config}
         built.append(Pipeline(False, **arguments) if cls is MIIPipeline else Pipeline(**arguments))
         return built[-1]
 
     yield build
-    for pipeline in built:
-        if getattr(pipeline, "thread", None) is not None and pipeline.thread.is_alive():
-            pipeline.shutdown()
-    free = engine.free_blocks
-    for uid in list(engine._state_manager.tracked_sequences):
-        engine.flush(uid)
-    assert free == [STATE["memory_config"]["size"]] or engine.free_blocks == [STATE["memory_config"]["size"]]
+    clear()
 
 
 def text_of(prompt: torch.Tensor) -> str:
@@ -138,3 +149,150 @@ def test_tokens_reach_their_stream_before_a_failure_does(build, loop):
     assert len(texts) == 2
     pipe.thread.join(PATIENCE)
     assert not pipe.thread.is_alive()
+
+
+def test_a_full_cache_starts_requests_over_once_their_tokens_are_read(build, parts, monkeypatch):
+    """Three blocks of 128 tokens, and three prompts that outgrow theirs at the same step."""
+    engine, starts_over = parts[0], []
+    reset = RaggedBatchBase.reset_request_status
+
+    def counting(self):
+        before = len(self.scheduled_requests)
+        reset(self)
+        starts_over.append(len(self.scheduled_requests) - before)
+
+    monkeypatch.setattr(RaggedBatchBase, "reset_request_status", counting)
+    prompts = [text_of(prompt) for prompt in models.random_prompts(110, 110, 110, 7)]
+    answers = {}
+    for loop in LOOPS:
+        pipe = build(MIIPipeline, loop)
+        taken = engine._state_manager.allocate_blocks(STATE["memory_config"]["size"] - 3)
+        try:
+            starts_over.clear()
+            answers[loop] = told(pipe(prompts, max_new_tokens=40, do_sample=False, ignore_eos=True))
+        finally:
+            engine._state_manager._kv_cache.free(taken)
+        assert sum(starts_over) > 0
+    for loop in LOOPS:
+        assert answers[loop] == answers["upstream"], loop
+
+
+class Served:
+    """A running ``ServingPipeline`` and all that it delivers, by uid."""
+
+    def __init__(self, pipeline: ServingPipeline) -> None:
+        self.pipeline = pipeline
+        self.steps: dict[int, list] = {}
+        self._news = threading.Condition()
+        pipeline.deliver = self._deliver
+        pipeline.start()
+
+    def _deliver(self, outputs) -> None:
+        with self._news:
+            for uid, step in outputs:
+                self.steps.setdefault(uid, []).append(step)
+            self._news.notify_all()
+
+    def wait(self, condition) -> None:
+        with self._news:
+            assert self._news.wait_for(lambda: self.pipeline.failure is not None or condition(), PATIENCE)
+        if self.pipeline.failure is not None:
+            raise self.pipeline.failure
+
+    def finished(self, uid: int) -> bool:
+        return uid in self.steps and self.steps[uid][-1].finish is not None
+
+    def end(self) -> None:
+        self.pipeline.end()
+        self.pipeline.thread.join(PATIENCE)
+        assert not self.pipeline.thread.is_alive()
+
+
+SAMPLED = Sampling(temperature=0.8, top_p=0.9, seed=5)
+GREEDY = Sampling(temperature=0.0)
+REQUESTS = (
+    (3, GREEDY, {"max_new_tokens": 30}),
+    (150, SAMPLED, {"max_new_tokens": 25}),
+    (9, Sampling(temperature=0.0, presence_penalty=1.5, frequency_penalty=0.5), {"max_new_tokens": 20, "logprobs": 2}),
+    (40, Sampling(temperature=1.2, seed=9, logit_bias={7: 2.0, 8: -3.0}), {"max_new_tokens": 12, "prompt_logprobs": 1}),
+    (1, GREEDY, {"max_new_tokens": 1}),
+    (5, SAMPLED, {"max_new_tokens": 40, "logprobs": 0}),
+    (12, GREEDY, {"max_new_tokens": 18}),
+)
+
+
+def test_served_sequences_are_the_same_with_lookahead(build):
+    """Seeds, penalties and log probabilities; a sequence that is cancelled early and one that ends by a token."""
+    told = {}
+    for loop in ("default", "lookahead"):
+        served = Served(build(ServingPipeline, loop))
+        submit = served.pipeline.submit
+        prompts = [prompt.tolist() for prompt in models.random_prompts(*(length for length, _, _ in REQUESTS), seed=2)]
+        probe = submit(prompts[0], GREEDY, 12, ignore_eos=True).uid
+        served.wait(lambda: served.finished(probe))
+        served.pipeline.eos_token_ids = frozenset([served.steps[probe][5].token])
+        victim = submit([1, 2, 3], SAMPLED, 300, ignore_eos=True).uid
+        served.wait(lambda: len(served.steps.get(victim, [])) >= 2)
+        sequences = [
+            submit(prompt, sampling, ignore_eos=sampling is SAMPLED, **options)
+            for prompt, (_, sampling, options) in zip(prompts, REQUESTS, strict=True)
+        ]
+        served.wait(lambda: sequences[4].uid in served.steps)
+        served.pipeline.cancel(victim)
+        served.wait(lambda: all(served.finished(sequence.uid) for sequence in sequences))
+        assert not served.finished(victim)
+        served.end()
+        assert served.pipeline.live == 0
+        told[loop] = [(served.steps[sequence.uid], sequence.prompt_logprobs) for sequence in sequences]
+    finishes = [steps[-1].finish for steps, _ in told["default"]]
+    assert set(finishes) == {"stop", "length"}
+    for default, ahead in zip(*told.values(), strict=True):
+        assert [(step.token, step.finish) for step in ahead[0]] == [(step.token, step.finish) for step in default[0]]
+        scored = [[step.logprobs for step in steps] + scores for steps, scores in (default, ahead)]
+        for one, other in zip(*scored, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert (one.token, [token for token, _ in one.top]) == (other.token, [token for token, _ in other.top])
+                assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
+
+
+def test_lookahead_starts_a_step_before_it_reads_the_tokens_of_the_last(build):
+    pipe, events = build(MIIAsyncPipeline, "lookahead"), []
+    pipe.result_queues[threading.get_ident()] = Journal(events)
+    put, accept = pipe.put, pipe._accept
+    pipe.put = lambda *batch: (events.append("step"), put(*batch))[1]
+    pipe._accept = lambda *tokens, **options: (events.append("read"), accept(*tokens, **options))[1]
+    pipe.put_request("1 2 3", {"max_new_tokens": 3, "do_sample": False, "ignore_eos": True, "stream": True})
+    while "end" not in events:
+        pipe.generate()
+    # The length is known beforehand: no fourth step is started.
+    assert events == ["step", "step", "read", "token", "step", "read", "token", "read", "token", "end"]
+
+
+@pytest.mark.parametrize(("text", "ranks", "expected"), [
+    (None, 1, False), ("0", 1, False), ("1", 1, True), ("1", 2, False), ("yes", 1, ValueError),
+])  # fmt: skip
+def test_lookahead_is_chosen_by_its_variable(monkeypatch, text, ranks, expected):
+    monkeypatch.delenv(lookahead.VARIABLE, raising=False)
+    if text is not None:
+        monkeypatch.setenv(lookahead.VARIABLE, text)
+    if expected is ValueError:
+        with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+            lookahead.chosen(ranks)
+    else:
+        use, why = lookahead.chosen(ranks)
+        assert use is expected and why
+
+
+def test_host_benchmark(tmp_path, capsys):
+    from ds_fp6.bench.__main__ import main
+
+    figures = tmp_path / "host.json"
+    arguments = ["host", "--sequences", "2", "--new-tokens", "6", "--step-ms", "2", "--json", str(figures)]
+    assert main([*arguments, "--model", str(MODEL), "--loops", "upstream", "lookahead"]) == 0
+    found = json.loads(figures.read_text())["figures"]
+    assert [(figure["loop"], figure["stream"]) for figure in found] == [
+        ("upstream", False), ("lookahead", False), ("upstream", True), ("lookahead", True),
+    ]  # fmt: skip
+    assert all(figure["steps"] > 0 and 0 <= figure["idle_share"] < 1 for figure in found)
+    assert "idle a step" in capsys.readouterr().out

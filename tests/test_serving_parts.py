@@ -118,7 +118,11 @@ def test_bias_and_penalties():
     assert choose(rows, samplers).tolist() == [4, 2]
     sampler = Sampler(Sampling(temperature=0, presence_penalty=0.4, frequency_penalty=0.4))
     # Token 2 is ahead by 1: two times cost 0.4 + 0.8.
-    assert [int(choose(rows[:1], [sampler])[0]) for _ in range(4)] == [2, 2, 0, 1]
+    chosen = []
+    for _ in range(4):
+        chosen.append(int(choose(rows[:1], [sampler])[0]))
+        sampler.saw(chosen[-1])
+    assert chosen == [2, 2, 0, 1]
     assert rows[0].tolist() == [0, 0, 1, 0, 0]
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "quantize": "quantization to packed codes, for shapes of well-known models",
     "generate": "loading and generating with a model of any shape and random weights",
     "step": "one step of the engine: time by class of kernel, and the floor",
+    "host": "how long a device waits for MII's generation loop between steps; plays the device",
     "loading": "reading, moving and loading a checkpoint of a model's shape",
     "serving": "throughput and latency of a server under load, with real or random weights",
     "perplexity": "held-out perplexity of a checkpoint in each quantization mode",

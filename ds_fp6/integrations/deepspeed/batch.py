@@ -8,7 +8,9 @@ step while the device works on the one before; it waits only where it would get 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -85,6 +87,8 @@ def _init(original, self, config) -> None:
     self._staging = Staging(self)
     #: What fills a batch of one token a sequence up to a size that is captured, if anything does.
     self._padder = None
+    #: Tokens that are on the device only, and their places.
+    self._fed = None
 
 
 def _clear(original, self) -> None:
@@ -115,6 +119,29 @@ def _finalize(original, self, padding=False) -> None:
         self._token_to_seq_storage_shadow[tokens:padded].fill_(-1)
     self._is_padded = bool(padding)
     self._staging.send()
+    if self._fed is not None:
+        places, values = self._fed
+        self._input_ids[places] = values
+
+
+@contextlib.contextmanager
+def fed(engine, feed: tuple[torch.Tensor | slice, torch.Tensor] | None) -> Iterator[None]:
+    """Within it, ``engine.put`` takes some tokens from the device instead of those that it is given.
+
+    ``feed``: the places of these tokens among all of the batch, and the tokens int64, both on the device; None for
+    no such tokens.
+    """
+    engine._batch._fed = feed
+    try:
+        yield
+    finally:
+        engine._batch._fed = None
+
+
+def to_device(values: Sequence, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor of ``values`` that is copied to ``device`` without waiting for what the device is doing."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _extend_kv_cache(original, self, new_ids, cache_group=0) -> None:

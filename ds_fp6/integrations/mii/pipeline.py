@@ -100,6 +100,7 @@ def _forget_requests(pipeline) -> None:
             pipeline.request_queue.get_nowait()
     pipeline.result_queues.clear()
     pipeline.buffer.clear()
+    pipeline._flight = None
     pipeline._reset_scheduler_bookkeeping()
     pipeline.scheduled_requests = RequestBatch()
     engine = getattr(pipeline, "inference_engine", None)

@@ -41,7 +41,10 @@ def _leave_out_what_greedy_ignores(request) -> None:
 def _reset_request_status(original, self) -> None:
     """Takes the KV cache of the last request that waits with one, which starts over with what it generated so far
     as part of its prompt. If none does, finished sequences are about to give theirs back; MII asserted instead.
+    Nothing is taken while tokens are on their way from the device: they would be missing from that prompt.
     """
+    if self._flight is not None:
+        return
     holders = [r for r in self.buffer if not r.is_flush_request and r.seq_length > 0]
     if not holders and self.inference_engine._state_manager.n_tracked_sequences:
         return

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ds_fp6.integrations.deepspeed.batch import to_device
+from ds_fp6.integrations.mii.handover import Reading
+
 #: A temperature that leaves nothing to chance, and below which dividing by it would overflow.
 GREEDY_BELOW = 1e-4
 
@@ -79,31 +82,34 @@ class Sampler:
 
 
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """A token for each row: logits [n, vocabulary] of any float dtype; int64 [n] on the CPU."""
+    """A token for each row: logits [n, vocabulary] of any float dtype; int64 [n] on their device.
+
+    Does not wait for the device. What was chosen is to be told to the samplers (``Sampler.saw``) before the next time.
+    """
+    device = logits.device
     offsets = [sampler.offsets() for sampler in samplers]
     sampled = [sampler.sampling.temperature >= GREEDY_BELOW for sampler in samplers]
     chosen = logits.argmax(dim=-1)
     changed = [row for row in range(len(samplers)) if sampled[row] or offsets[row]]
     for start in range(0, len(changed), ROWS_AT_A_TIME):
         rows = changed[start : start + ROWS_AT_A_TIME]
-        some = logits[rows].float()
-        for i, row in enumerate(rows):
-            if offsets[row]:
-                tokens = torch.tensor(list(offsets[row]), device=logits.device)
-                some[i, tokens] += torch.tensor(list(offsets[row].values()), device=logits.device)
-        chosen[rows] = some.argmax(dim=-1)
+        on_device = to_device(rows, device)
+        some = logits[on_device].float()
+        added = [(i, token, value) for i, row in enumerate(rows) for token, value in offsets[row].items()]
+        if added:
+            places = to_device([place[:2] for place in added], device).unbind(dim=1)
+            some[places] += to_device([place[2] for place in added], device, torch.float32)
+        chosen[on_device] = some.argmax(dim=-1)
         drawn = [i for i, row in enumerate(rows) if sampled[row]]
         if drawn:
             drawn_rows = [rows[i] for i in drawn]
-            chosen[drawn_rows] = _sample(some[drawn], [samplers[row] for row in drawn_rows])
-    chosen = chosen.cpu()
-    for token, sampler in zip(chosen.tolist(), samplers, strict=True):
-        sampler.saw(token)
+            tokens = _sample(some[to_device(drawn, device)], [samplers[row] for row in drawn_rows])
+            chosen[to_device(drawn_rows, device)] = tokens
     return chosen
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return to_device(values, like.device, torch.float32)[:, None]
 
 
 def _sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
@@ -115,7 +121,8 @@ def _sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     scaled = logits / _column([s.temperature for s in settings], logits)
     truncated = [row for row, s in enumerate(settings) if s.truncates]
     if truncated:
-        scaled[truncated] = _truncate(scaled[truncated], [settings[row] for row in truncated])
+        rows = to_device(truncated, logits.device)
+        scaled[rows] = _truncate(scaled[rows], [settings[row] for row in truncated])
     noise = torch.empty_like(scaled).exponential_()
     for row, sampler in enumerate(samplers):
         generator = sampler.generator(logits.device)
@@ -147,17 +154,32 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Of each row's token, by the model's own distribution: logits [n, vocabulary].
+class LogprobsUnderWay:
+    """The log probabilities of each row's token by the model's own distribution, on their way from the device.
 
-    ``counts`` says how many of the likeliest tokens each row reports.
+    Args:
+        logits: [n, vocabulary].
+        tokens: int64 [n], on the device.
+        counts: how many of the likeliest tokens each row reports.
     """
-    # JSON has no infinities.
-    logprobs = logits.float().log_softmax(dim=-1).clamp(min=LEAST_LOGPROB)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    likeliest = logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1)
-    rows = zip(tokens, own, likeliest.indices.tolist(), likeliest.values.tolist(), counts, strict=True)
-    return [
-        TokenLogprobs(token, logprob, tuple(zip(indices[:count], values[:count], strict=True)))
-        for token, logprob, indices, values, count in rows
-    ]
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> None:
+        # JSON has no infinities.
+        logprobs = logits.float().log_softmax(dim=-1).clamp(min=LEAST_LOGPROB)
+        likeliest = logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1)
+        own = logprobs.gather(1, tokens[:, None])[:, 0]
+        self._counts = counts
+        self._found = [Reading(found) for found in (tokens, own, likeliest.indices, likeliest.values)]
+
+    def get(self) -> list[TokenLogprobs]:
+        """Them, by row."""
+        rows = zip(*(found.get().tolist() for found in self._found), self._counts, strict=True)
+        return [
+            TokenLogprobs(token, logprob, tuple(zip(indices[:count], values[:count], strict=True)))
+            for token, logprob, indices, values, count in rows
+        ]
+
+
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Of each row's token: logits [n, vocabulary]. Waits for the device, see ``LogprobsUnderWay``."""
+    return LogprobsUnderWay(logits, to_device(tokens, logits.device), counts).get()

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from ds_fp6.integrations.deepspeed import refusals
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.mii import entry, guard
-from ds_fp6.integrations.mii.loop import is_idle
+from ds_fp6.integrations.mii.handover import is_idle
 from ds_fp6.integrations.mii.pipeline import check_running
 from ds_fp6.integrations.patching import Hook, wrap
 

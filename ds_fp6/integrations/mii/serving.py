@@ -32,10 +32,11 @@ from transformers import AutoConfig, GenerationConfig
 
 from ds_fp6.integrations import load_format as formats
 from ds_fp6.integrations import mii as hooks
-from ds_fp6.integrations.mii.loop import is_idle
+from ds_fp6.integrations.deepspeed.batch import to_device
+from ds_fp6.integrations.mii.handover import is_idle
 from ds_fp6.integrations.mii.pipeline import kv_capacity
 from ds_fp6.integrations.mii.prompt_logits import prompt_logits
-from ds_fp6.integrations.mii.sampling import Sampler, Sampling, TokenLogprobs, choose, token_logprobs
+from ds_fp6.integrations.mii.sampling import LogprobsUnderWay, Sampler, Sampling, TokenLogprobs, choose, token_logprobs
 
 FINISH_REASONS = {GenerationFinishReason.STOP: "stop", GenerationFinishReason.LENGTH: "length"}
 
@@ -61,6 +62,8 @@ class ServedSequence:
     prompt_logprobs: list[TokenLogprobs | None]
 
 
+_LIKELIEST = Sampler(Sampling(temperature=0.0))
+
 #: Ranks know a sequence by its uid alone, but all must pass the same rows of it through the LM head: the uid's lower
 #: bits are the number of its prompt's tokens whose log probabilities are wanted.
 SCORED_BITS = 32
@@ -85,6 +88,8 @@ class ServingPipeline(MIIAsyncPipeline):
         self._sequences: dict[int, ServedSequence] = {}
         self._cancelled: set[int] = set()
         self._outputs: list[tuple[int, Step | BaseException]] = []
+        #: Of the last tokens chosen: rows that want log probabilities, and these.
+        self._logprobs: tuple[list[int], LogprobsUnderWay] | None = None
         self._work = threading.Event()
         self._ending = False
         self._meet()
@@ -227,6 +232,8 @@ class ServingPipeline(MIIAsyncPipeline):
             self.buffer.append(self.request_queue.get_nowait())
         dropped = [r for r in self.buffer if r.uid in cancelled and not r.is_flush_request]
         self.buffer = type(self.buffer)(r for r in self.buffer if r.uid not in cancelled or r.is_flush_request)
+        for request in dropped:
+            request.has_left = True
         for uid in {r.uid for r in dropped}:
             self._forget(uid)
 
@@ -260,27 +267,33 @@ class ServingPipeline(MIIAsyncPipeline):
         return rows, targets
 
     def _choose_tokens(self, logits: torch.Tensor, requests) -> torch.Tensor:
-        """Tokens int64 [requests]. Parts of prompts before the last choose nothing."""
-        found = torch.zeros(len(requests), dtype=torch.int64)
-        rows = [row for row, request in enumerate(requests) if request.last_in_prompt]
-        if rows:
-            chosen = logits if len(rows) == len(requests) else logits[rows]
-            choosing = [request for request in requests if request.last_in_prompt]
-            tokens = choose(chosen[:, : self.vocab_size], [request.sequence.sampler for request in choosing])
-            self._add_logprobs(chosen, choosing, tokens.tolist())
-            found[rows] = tokens
-        return found
+        """Tokens int64 [requests] on the device. What parts of prompts before the last choose means nothing."""
+        samplers = [request.sequence.sampler if request.last_in_prompt else _LIKELIEST for request in requests]
+        tokens = choose(logits[:, : self.vocab_size], samplers)
+        wanted = [
+            row for row, request in enumerate(requests)
+            if request.last_in_prompt and request.sequence.logprobs is not None
+        ]  # fmt: skip
+        if wanted:
+            sequences = [request.sequence for request in requests]
+            rows = to_device(wanted, logits.device)
+            counts = [sequences[row].logprobs for row in wanted]
+            self._logprobs = wanted, LogprobsUnderWay(logits[rows], tokens[rows], counts)
+        return tokens
+
+    def _accept(self, requests, tokens: torch.Tensor, queue: bool = True) -> None:
+        requests = list(requests)
+        for request, token in zip(requests, tokens.tolist(), strict=True):
+            if request.last_in_prompt:
+                request.sequence.sampler.saw(token)
+        if self._logprobs is not None:
+            (rows, under_way), self._logprobs = self._logprobs, None
+            for row, logprobs in zip(rows, under_way.get(), strict=True):
+                requests[row].next_logprobs = logprobs
+        super()._accept(requests, tokens, queue)
 
     def _ended(self, tokens: torch.Tensor, requests) -> list[bool]:
         return [token in self.eos_token_ids for token in tokens.tolist()]
-
-    def _add_logprobs(self, logits, requests, tokens: list[int]) -> None:
-        wanted = [i for i, request in enumerate(requests) if request.sequence.logprobs is not None]
-        if wanted:
-            counts = [requests[i].sequence.logprobs for i in wanted]
-            found = token_logprobs(logits[wanted], [tokens[i] for i in wanted], counts)
-            for i, logprobs in zip(wanted, found, strict=True):
-                requests[i].next_logprobs = logprobs
 
     def _hand_over(self) -> None:
         super()._hand_over()
