@@ -269,19 +269,42 @@ def test_lookahead_starts_a_step_before_it_reads_the_tokens_of_the_last(build):
     assert events == ["step", "step", "read", "token", "step", "read", "token", "read", "token", "end"]
 
 
-@pytest.mark.parametrize(("text", "ranks", "expected"), [
-    (None, 1, False), ("0", 1, False), ("1", 1, True), ("1", 2, False), ("yes", 1, ValueError),
-])  # fmt: skip
-def test_lookahead_is_chosen_by_its_variable(monkeypatch, text, ranks, expected):
-    monkeypatch.delenv(lookahead.VARIABLE, raising=False)
-    if text is not None:
-        monkeypatch.setenv(lookahead.VARIABLE, text)
-    if expected is ValueError:
-        with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
-            lookahead.chosen(ranks)
-    else:
-        use, why = lookahead.chosen(ranks)
-        assert use is expected and why
+@pytest.mark.parametrize(("text", "use"), [(None, False), ("0", False), ("1", True)])
+def test_lookahead_is_chosen_by_its_variable(monkeypatch, text, use):
+    monkeypatch.setenv(lookahead.VARIABLE, text or "")
+    assert lookahead.chosen() == (use, f"{lookahead.VARIABLE}={text}" if text else "default")
+
+
+def test_lookahead_of_another_value_is_refused(monkeypatch):
+    monkeypatch.setenv(lookahead.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+        lookahead.chosen()
+
+
+def test_ranks_must_agree_on_lookahead(parts, monkeypatch):
+    monkeypatch.setenv(lookahead.VARIABLE, "1")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    for other in (True, False):
+
+        def gather(found, mine, group, other=other):
+            found[:] = [mine, other]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        if other:
+            assert lookahead.agreed(parts[0])
+        else:
+            with pytest.raises(ValueError, match=r"the same for all ranks, got \[1, 0\]"):
+                lookahead.agreed(parts[0])
+
+
+def test_sampling_draws_what_torch_draws():
+    from mii.batching.generation.samplers import LogitsSampler
+
+    logits = 3 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    expected = torch.distributions.Categorical(logits=logits).sample()
+    torch.manual_seed(3)
+    assert torch.equal(LogitsSampler()(logits), expected)
 
 
 def test_host_benchmark(tmp_path, capsys):

@@ -49,12 +49,14 @@ def rank_environment() -> dict[str, str]:
     return environment
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "opt"])
-def test_two_ranks_generate_what_one_does(family, tmp_path):
+@pytest.mark.parametrize(("family", "ahead"), [("llama_gqa", "0"), ("opt", "1")])
+def test_two_ranks_generate_what_one_does(family, ahead, tmp_path):
+    """The second with lookahead, for which the first rank sends the other its tokens."""
     path = models.save(models.build(family), tmp_path / "model")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     result = tmp_path / "result.json"
-    subprocess.run([*ranks, path, str(result)], check=True, env=rank_environment(), timeout=200)
+    environment = {**rank_environment(), "DS_FP6_LOOKAHEAD": ahead}
+    subprocess.run([*ranks, path, str(result)], check=True, env=environment, timeout=200)
     expected = {str(mode): generate(path, mode) for mode in MODES}
     assert json.loads(result.read_text()) == expected
 

@@ -7,6 +7,9 @@ cache blocks are freed as usual, after the step on the device's queue. Ends by l
 
 A request cannot lose its cache while a step's tokens are unread, since it starts over with all of them: where nothing
 else can be scheduled, nothing is, and the tokens are read first.
+
+With tensor parallelism the first rank's tokens are broadcast from device to device, and the other ranks are told with
+the schedule which of them go where.
 """
 
 from __future__ import annotations
@@ -27,19 +30,23 @@ VARIABLE = "DS_FP6_LOOKAHEAD"
 _UNKNOWN = torch.zeros(1, dtype=torch.int64)
 
 
-def chosen(ranks: int = 1) -> tuple[bool, str]:
-    """Whether steps are started ahead of their tokens, and why or why not. ``ranks``: of the model.
-
-    Raises ``ValueError`` for another value of the variable.
-    """
+def chosen() -> tuple[bool, str]:
+    """Whether steps are started ahead of their tokens, and why. Raises ``ValueError`` for another value."""
     text = os.environ.get(VARIABLE, "").strip()
     if text not in ("", "0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {text!r}")
-    if text != "1":
-        return False, f"{VARIABLE}=0" if text else "default"
-    if ranks > 1:
-        return False, f"only the first of {ranks} ranks has the tokens on its device"
-    return True, f"{VARIABLE}=1, without tensor parallelism"
+    return text == "1", f"{VARIABLE}={text}" if text else "default"
+
+
+def agreed(engine) -> bool:
+    """What was chosen. Raises ``ValueError`` in every rank where ranks chose differently."""
+    group, use = engine._base_mp_group, chosen()[0]
+    if torch.distributed.get_world_size(group=group) > 1:
+        choices = [use] * torch.distributed.get_world_size(group=group)
+        torch.distributed.all_gather_object(choices, use, group=group)
+        if len(set(choices)) > 1:
+            raise ValueError(f"{VARIABLE} must be the same for all ranks, got {[int(choice) for choice in choices]}")
+    return use
 
 
 @dataclass(frozen=True)
@@ -52,29 +59,25 @@ class Flight:
     reading: Reading
 
 
-def _expect_to_go_on(pipeline, flight: Flight) -> dict[int, int]:
-    """Queues the requests of a step that its length does not end; their rows in it, by the requests' ids."""
-    rows = {}
+def _expect_to_go_on(pipeline, flight: Flight) -> None:
+    """Queues the requests of a step that its length does not end; each knows its row in it."""
     for row, (request, length) in enumerate(zip(flight.requests, flight.lengths, strict=True)):
         request.seq_length += length
         if request.last_in_prompt and not request.has_left and not ends_by_length(request):
-            request.input_tokens = _UNKNOWN
+            request.input_tokens, request.fed_row = _UNKNOWN, row
             pipeline.request_queue.put(request)
-            rows[id(request)] = row
-    return rows
 
 
-def _feed(flight: Flight | None, rows: dict[int, int], requests) -> tuple[torch.Tensor | slice, torch.Tensor] | None:
-    """Where the tokens of ``flight`` go among those of the next step's requests, and these tokens."""
+def _feed(tokens: torch.Tensor | None, requests) -> tuple[torch.Tensor | slice, torch.Tensor] | None:
+    """Where ``tokens`` of the step before go among those of the next step's requests, and which of them."""
     places, sources, start = [], [], 0
     for request in requests:
-        if id(request) in rows:
+        if request.fed_row is not None:
             places.append(start)
-            sources.append(rows[id(request)])
+            sources.append(request.fed_row)
         start += len(request.input_tokens)
     if not places:
         return None
-    tokens = flight.tokens
     if sources != list(range(len(tokens))):
         tokens = tokens[to_device(sources, tokens.device)]
     if places == list(range(len(places))):
@@ -82,28 +85,52 @@ def _feed(flight: Flight | None, rows: dict[int, int], requests) -> tuple[torch.
     return to_device(places, tokens.device), tokens
 
 
+def _share(engine, tokens: torch.Tensor) -> torch.Tensor:
+    """The first rank's tokens, on every rank's device."""
+    if torch.distributed.get_world_size(group=engine._base_mp_group) > 1:
+        torch.distributed.broadcast(tokens, src=0, group=engine._base_mp_group)
+    return tokens
+
+
 def _finish(pipeline, flight: Flight | None) -> None:
     """Reads the tokens of a step that was started earlier. Who has ended is not among those who wait any more."""
     pipeline._flight = None
     if flight is not None:
+        for request in flight.requests:
+            request.fed_row = None
         pipeline._accept(flight.requests, flight.reading.get(), queue=False)
         waiting = (request for request in pipeline.buffer if not request.has_left)
         pipeline.buffer = type(pipeline.buffer)(waiting)
 
 
+def follow(self) -> bool:
+    """A step on a rank other than the first. Whether it was the last."""
+    scheduled, force = self._bcast_requests()
+    self.flush(scheduled.requests_to_flush.uids)
+    running = scheduled.requests_to_run
+    if len(running):
+        engine = self.inference_engine
+        with fed(engine, _feed(self._last_tokens, running)):
+            device = self.put(running.uids, running.tokens).device
+        self._last_tokens = _share(engine, torch.empty(len(running), dtype=torch.int64, device=device))
+    return force
+
+
 def step_ahead(self) -> None:
-    """Starts a step, and finishes the one before."""
-    flight = self._flight
-    rows = _expect_to_go_on(self, flight) if flight is not None else {}
+    """Starts a step, and finishes the one before. For the first rank."""
+    engine, flight = self.inference_engine, self._flight
+    if flight is not None:
+        _expect_to_go_on(self, flight)
     self._reset_scheduler_bookkeeping()
     self.schedule_requests()
-    self.flush(self.scheduled_requests.requests_to_flush.uids)
-    running = self.scheduled_requests.requests_to_run
+    scheduled, _ = self._bcast_requests()
+    self.flush(scheduled.requests_to_flush.uids)
+    running = scheduled.requests_to_run
     logits = None
     if len(running):
         lengths = running.lengths
         try:
-            with fed(self.inference_engine, _feed(flight, rows, running)):
+            with fed(engine, _feed(None if flight is None else flight.tokens, running)):
                 logits = self.put(running.uids, running.tokens)
         except BaseException:
             with contextlib.suppress(Exception):
@@ -112,6 +139,6 @@ def step_ahead(self) -> None:
     self._reset_scheduler_bookkeeping()
     _finish(self, flight)
     if logits is not None:
-        tokens = self._choose_tokens(logits, running)
+        tokens = _share(engine, self._choose_tokens(logits, running))
         self._flight = Flight(running.requests, lengths, tokens, self._read_later(tokens))
     self._hand_over()

@@ -8,24 +8,21 @@ blocks are free as early as ever.
 
 from __future__ import annotations
 
-import os
+import functools
 
 from ds_fp6.integrations.mii import handover, lookahead
 from ds_fp6.integrations.patching import Hook, wrap
 
 
 def _init(original, self, *args, **kwargs) -> None:
-    from mii.logging import logger
-
     #: Requests whose last token has yet to be given out.
     self._to_hand_over: list = []
     #: The step whose tokens have not been read, with lookahead.
     self._flight = None
+    #: On ranks other than the first, the tokens of the last step, on the device.
+    self._last_tokens = None
     original(self, *args, **kwargs)
-    ranks = self.model_config.tensor_parallel
-    self._ahead, why = lookahead.chosen(ranks)
-    if os.environ.get(lookahead.VARIABLE) == "1" and not self._ahead and self.is_rank_0:
-        logger.warning(f"ds_fp6: no lookahead: {why}")
+    self._ahead = lookahead.agreed(self.inference_engine)
 
 
 def _bcast_requests(original, self, force=False):
@@ -33,6 +30,12 @@ def _bcast_requests(original, self, force=False):
     if self.model_config.tensor_parallel == 1:
         return self.scheduled_requests, force
     return original(self, force)
+
+
+def _from_msg_dict(original, message: dict):
+    request = original(message)
+    request.fed_row = message.get("fed_row")
+    return request
 
 
 def step(self) -> bool | None:
@@ -56,7 +59,10 @@ def step(self) -> bool | None:
 
 def generate(self) -> bool | None:
     try:
-        force = lookahead.step_ahead(self) if self._ahead else step(self)
+        if self._ahead:
+            force = lookahead.step_ahead(self) if self.is_rank_0 else lookahead.follow(self)
+        else:
+            force = step(self)
     except BaseException:
         self._flight = None
         # What has been generated reaches those who wait for it before the failure does.
@@ -68,7 +74,7 @@ def generate(self) -> bool | None:
 
 
 def _replace_loop() -> None:
-    from mii.batching.data_classes import Request
+    from mii.batching.data_classes import Request, RequestMsg
     from mii.batching.ragged_batching import RaggedBatchBase
     from mii.batching.utils import profiler
 
@@ -76,6 +82,10 @@ def _replace_loop() -> None:
     Request.prompt_length = property(lambda self: self.prompt_tokens.numel())
     #: Whether it has ended or was cancelled, though a step with it may be under way.
     Request.has_left = False
+    #: The row of the step before whose token it goes on with, where that is on the device only.
+    Request.fed_row = RequestMsg.fed_row = None
+    wrap(Request, "to_msg_dict", lambda upstream, self: {**upstream(self), "fed_row": self.fed_row})
+    RequestMsg.from_msg_dict = staticmethod(functools.partial(_from_msg_dict, RequestMsg.from_msg_dict))
     timed = profiler(generate)
     wrap(RaggedBatchBase, "__init__", _init)
     wrap(RaggedBatchBase, "_bcast_requests", _bcast_requests)

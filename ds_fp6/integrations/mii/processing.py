@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ds_fp6.integrations.deepspeed.batch import to_device
 from ds_fp6.integrations.patching import Hook, replace
 
 
@@ -14,10 +15,11 @@ def _rows(requests, name: str) -> list[int]:
 def run_batch_processing(input_tensor: torch.Tensor, requests, processor_fns: dict) -> torch.Tensor:
     """Each row through the one of ``processor_fns`` that its request names; rows of others as they are.
 
-    MII's own raised ``TypeError`` where some requests name one and others none. Lists of rows go to the device and
-    wait for it, so there is none where all requests name the same.
+    MII's own raised ``TypeError`` where some requests name one and others none, and waited for the device to take each
+    list of rows.
     """
     order: list[int] = []
+    device = input_tensor.device
     outputs: list[torch.Tensor] = []
     for name, process in processor_fns.items():
         rows = _rows(requests, name)
@@ -25,13 +27,14 @@ def run_batch_processing(input_tensor: torch.Tensor, requests, processor_fns: di
             return process(input_tensor)
         if rows:
             order += rows
-            outputs.append(process(input_tensor[rows]))
+            outputs.append(process(input_tensor[to_device(rows, device)]))
     if not outputs:
         return input_tensor
     rest = sorted(set(range(len(requests))) - set(order))
     if rest:
-        outputs.append(input_tensor[rest])
-    return torch.cat(outputs)[torch.tensor(order + rest).argsort()]
+        outputs.append(input_tensor[to_device(rest, device)])
+    order += rest
+    return torch.cat(outputs)[to_device(sorted(range(len(order)), key=order.__getitem__), device)]
 
 
 def run_batch_stop_criterion(next_tokens: torch.Tensor, requests, processor_map: dict) -> torch.Tensor:
@@ -47,11 +50,22 @@ def run_batch_stop_criterion(next_tokens: torch.Tensor, requests, processor_map:
     return done
 
 
+def sample(_self, logits: torch.Tensor) -> torch.Tensor:
+    """A token of each row's distribution, int64 [n]: what torch's ``Categorical`` draws from the same generator.
+
+    That one checks on the host whether its probabilities are any, which waits for the device.
+    """
+    probabilities = logits.float().softmax(dim=-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+
+
 def _replace_processing() -> None:
     from mii.batching import postprocess
+    from mii.batching.generation.samplers import LogitsSampler
 
     replace(postprocess, "run_batch_processing", run_batch_processing)
     replace(postprocess, "run_batch_stop_criterion", run_batch_stop_criterion)
+    LogitsSampler.__call__ = sample
 
 
 HOOKS = (Hook("mii.batching.postprocess", "requests with different parameters in one batch", _replace_processing),)
