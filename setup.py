@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.resolve()
 
 #: What `ds-fp6 serve` needs.
 SERVE = ["fastapi", "prometheus-client", "pydantic>=2", "uvicorn>=0.30"]
+#: GPU kernels of the engine, which its tests run on a CPU too. torch's CUDA builds for Linux bring it.
+TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 
 
 def supported(distribution: str) -> str:
@@ -92,11 +94,10 @@ setup(
         "requests",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "matplotlib", *SERVE, "openai>=2", "lm-eval[api]>=0.4.9"],
+        "test": ["pytest>=8", "pytest-timeout", "matplotlib", *SERVE, *TRITON, "openai>=2", "lm-eval[api]>=0.4.9"],
         "bench": ["matplotlib"],
         "serve": SERVE,
-        # Kernels for GPUs; torch's CUDA builds for Linux bring it.
-        "triton": ["triton>=3.6"],
+        "triton": TRITON,
     },
     entry_points={
         "console_scripts": ["ds-fp6 = ds_fp6.cli:main"],
