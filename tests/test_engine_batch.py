@@ -106,6 +106,20 @@ def test_logits_outlive_the_next_step(checkpoint):
     assert torch.equal(first, expected) and not torch.equal(first, second)
 
 
+def test_blocks_are_freed_without_asking_the_device(checkpoint):
+    engine = build(checkpoint)
+    before = engine.free_blocks
+    fastgen.step(engine, {0: torch.arange(60), 1: torch.arange(9)})
+    sequence = engine._state_manager.get_sequence(0)
+    on_device = sequence.kv_cache_ids(on_device=True)[0, : sequence.cur_allocated_blocks]
+    assert torch.equal(sequence.all_block_ids(), on_device)
+    for ids in engine._state_manager._all_block_ids:
+        ids.fill_(-1)
+    for uid in (0, 1):
+        engine.flush(uid)
+    assert engine.free_blocks == before
+
+
 def test_block_numbers_reach_the_device(checkpoint):
     engine = build(checkpoint)
     blocks = []

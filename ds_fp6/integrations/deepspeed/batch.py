@@ -166,6 +166,12 @@ def _extend_kv_cache(original, self, new_ids, cache_group=0) -> None:
         self._blocks_per_allocation_group[cache_group][group] = last
 
 
+def _all_block_ids(original, self, cache_group=0) -> torch.Tensor:
+    """The sequence's blocks, from the host: DeepSpeed's come from the device, and freeing them waits for it at each."""
+    ids, counts = self._kv_cache_ids_shadow[cache_group], self._blocks_per_allocation_group[cache_group]
+    return torch.cat([group[: int(count)] for group, count in zip(ids, counts, strict=True)])
+
+
 def _build_atoms(original, self, ragged_batch) -> None:
     """DeepSpeed's own attention has one more pinned buffer."""
     copied = self.__dict__.pop("_atoms_copied", None)
@@ -191,6 +197,7 @@ def _wrap_batch() -> None:
     wrap(RaggedBatchWrapper, "clear", _clear)
     wrap(RaggedBatchWrapper, "finalize", _finalize)
     wrap(DSSequenceDescriptor, "extend_kv_cache", _extend_kv_cache)
+    wrap(DSSequenceDescriptor, "all_block_ids", _all_block_ids)
     wrap(DSDenseBlockedAttention, "build_atoms", _build_atoms)
     wrap(InferenceEngineV2, "put", _put)
 
