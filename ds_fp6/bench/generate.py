@@ -20,7 +20,8 @@ from ds_fp6.bench.memory import PeakMemory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="llama-2-70b", help=f"a directory with config.json, or one of: {', '.join(models.CONFIGS)}")
+    shapes = ", ".join(models.CONFIGS)
+    parser.add_argument("--model", default="llama-2-70b", help=f"a directory with config.json, or one of: {shapes}")
     parser.add_argument("--quantization-mode", default="wf6af16", help="'none' for 16-bit weights")
     parser.add_argument("--load-format", default="dummy", choices=["dummy", "auto"])
     parser.add_argument("--batch", type=_integers, default=[1, 8, 32], help="batch sizes, comma-separated")
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     vocabulary = engine.model().vocab_size
     figures = {
         "model": args.model, "mode": args.quantization_mode, "layers": args.layers,
-        "weight_bytes": parameter_bytes(engine), "load_seconds": load_seconds, "peak_load_bytes": memory.peak(), "batches": [],
+        "weight_bytes": parameter_bytes(engine), "load_seconds": load_seconds, "peak_load_bytes": memory.peak(),
+        "batches": [],
     }  # fmt: skip
     print(f"{args.model} {args.quantization_mode}: {parameter_bytes(engine) / 2**30:.2f} GiB of weights")
     print(f"loaded in {load_seconds:.1f} s, peak {memory.peak() / 2**30:.2f} GiB {memory.kind}")
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         generate(engine, prompts, 3)
         _, seconds = generate(engine, prompts, args.new_tokens)
         step = statistics.median(seconds[1:])
-        figures["batches"].append({"batch": batch, "step_seconds": step, "tokens_per_second": batch / step, "prompt_seconds": seconds[0]})
+        measured = {"batch": batch, "step_seconds": step, "tokens_per_second": batch / step}
+        figures["batches"].append(measured | {"prompt_seconds": seconds[0]})
         print(f"{batch:>6} {step * 1e3:>9.2f} {batch / step:>10.1f} {seconds[0] * 1e3:>10.1f}")
     figures["peak_bytes"] = memory.peak()
     print(f"peak while generating: {memory.peak() / 2**30:.2f} GiB {memory.kind}")

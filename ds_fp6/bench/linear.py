@@ -273,7 +273,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, help="take a rank's share of the model's layers")
     parser.add_argument("--shape", type=_shape, action="append", metavar="NxK", help="instead of a model's; repeatable")
     parser.add_argument("--m", type=_integers, help="rows of x, comma-separated")
-    parser.add_argument("--dtype", default="both", choices=[*DTYPES, "both"], help="of x; both: bf16 and fp32, on a GPU fp16")
+    types = "of x; both: bf16 and fp32, on a GPU fp16"
+    parser.add_argument("--dtype", default="both", choices=[*DTYPES, "both"], help=types)
     parser.add_argument("--format", type=_format, default=Format(3, 2), help="of the weights (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=0, help="weights that share a scale; 0: a row")
     parser.add_argument("--threads", type=int, help="default: torch's")

@@ -272,8 +272,8 @@ def run(args: Namespace) -> int:
     shapes = args.shape or models.linear_shapes(args.model or DEFAULT_MODEL, args.tp)
     ceilings = measure_ceilings(dtype)
     print(
-        f"{torch.cuda.get_device_name()}: {ceilings.bandwidth / 1e12:.2f} TB/s, {ceilings.operations / 1e12:.0f} TFLOP/s; "
-        f"{args.format} weights, {args.format.bits} bits each",
+        f"{torch.cuda.get_device_name()}: {ceilings.bandwidth / 1e12:.2f} TB/s, "
+        f"{ceilings.operations / 1e12:.0f} TFLOP/s; {args.format} weights, {args.format.bits} bits each",
         flush=True,
     )
     results: list[Result] = []

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     total = sum(f["seconds"] for f in figures), sum(2 * f["n"] * f["k"] for f in figures)
     print(f"{'all':22} {total[0] * 1e6:10.1f} {total[1] / total[0] / 1e9:23.1f}")
     if args.json:
-        args.json.write_text(json.dumps({"mode": args.quantization_mode, "device": args.device, "layers": figures}, indent=2))
+        report = {"mode": args.quantization_mode, "device": args.device, "layers": figures}
+        args.json.write_text(json.dumps(report, indent=2))
     return 1 if wrong else 0
 
 

@@ -130,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
         f"batch {args.batch}, context {args.context}, prompt {args.prompt}; "
         f"{ceilings.bandwidth / 1e12:.2f} TB/s, {ceilings.operations / 1e12:.0f} TFLOP/s"
     )
-    print(f"{'engine':10} {'ms':>8} {'floor':>8} {'x floor':>8}" + "".join(f" {k:>13}" for k in _kinds()) + f" {'idle':>6}")
+    titles = "".join(f" {kind:>13}" for kind in _kinds())
+    print(f"{'engine':10} {'ms':>8} {'floor':>8} {'x floor':>8}{titles} {'idle':>6}")
     results, failed = [], []
     for engine in engines:
         figures = _measure_apart(args, shape, engine)
@@ -164,7 +165,10 @@ def line(result: Result) -> str:
 
 
 def plot(results: list[Result], title: str, path: Path) -> None:
-    """A bar an engine, of GPU time by class and idle time, and its floor. Raises ``RuntimeError`` without matplotlib."""
+    """A bar an engine, of GPU time by class and idle time, and its floor.
+
+    Raises ``RuntimeError`` without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

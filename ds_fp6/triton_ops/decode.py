@@ -180,5 +180,6 @@ def decode_attention(
         scale * math.log2(math.e), window or 0,
         GROUP=group, HEAD=head_size, PAGE=page, ROWS=tile.rows, KEYS=tile.keys,
         COLUMNS=columns, WINDOWED=bool(window),
-        MEMBERS=members, PARTS=plan.parts(members, columns), OVERLAP=overlapped, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
+        MEMBERS=members, PARTS=plan.parts(members, columns), OVERLAP=overlapped,
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

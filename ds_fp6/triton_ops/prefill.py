@@ -153,6 +153,7 @@ def prefill_attention(
         n, q.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
         scale * math.log2(math.e), window or 0,
         GROUP=group, HEAD=head_size, PAGE=page, SEQUENCES=plan.power_of_two(max(n, most_sequences)),
-        QUERIES=queries, ROWS=tile.rows, KEYS=tile.keys, COLUMNS=plan.power_of_two(head_size), WINDOWED=bool(window), SINGLES=singles,
+        QUERIES=queries, ROWS=tile.rows, KEYS=tile.keys, COLUMNS=plan.power_of_two(head_size), WINDOWED=bool(window),
+        SINGLES=singles,
         OVERLAP=overlapped, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def _make_request(original, self, tid, uid, input_tokens, kwargs):
 
 
 def _leave_out_what_greedy_ignores(request) -> None:
-    """The likeliest token stays the likeliest under top-p, which MII sorts the vocabulary for, top-k and temperature."""
+    """Top-p, for which MII sorts the vocabulary, top-k and temperature leave the likeliest token the likeliest."""
     from mii.batching.constants import SAMPLER_NAME, TEMP_NAME, TOP_K_NAME, TOP_P_NAME
 
     if f"{SAMPLER_NAME}_greedy" in request.post_processing:
