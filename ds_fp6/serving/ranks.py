@@ -14,6 +14,8 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 
+from ds_fp6.integrations.deepspeed.world import LAUNCHER_VARIABLES
+
 #: Set in ranks that rank 0 started: their standard input ends when rank 0 does.
 STARTED_BY_RANK_0 = "DS_FP6_STARTED_BY_RANK_0"
 
@@ -23,7 +25,7 @@ PATIENCE = 10
 
 def launched() -> bool:
     """Whether a launcher, or rank 0, has given this process its rank."""
-    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return all(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
 def rank() -> int:
