@@ -148,8 +148,8 @@ private:
         return sum * fminf(token, 1.f) * channel * fmaxf(token, 1.f);
     }
 
-    // 64 channels from `channel`, kOwnTokens tokens from `token`: transposed through shared memory, at most 64 tokens
-    // at a time, 128 bytes a token whose 16-byte chunks are swizzled by the token.
+    // 64 channels from `channel`, kOwnTokens tokens from `token`: transposed through shared memory, up to 64 tokens at
+    // a time, 128 bytes a token whose 16-byte chunks are swizzled by the token.
     template <class Element>
     __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel, int channel,
                                 int token) const {

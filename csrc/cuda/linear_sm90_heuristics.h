@@ -12,7 +12,8 @@ namespace cuda {
 namespace sm90 {
 
 enum class TileChoice {
-    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k64, k64Cut, k64WideCut, k128, k128Narrow, k128Cut
+    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k48, k48Cut, k48WideCut, k64, k64Cut, k64WideCut,
+    k96, k96Narrow, k96Cut, k128, k128Narrow, k128Cut
 };
 
 struct Plan {
@@ -51,7 +52,7 @@ struct Tiling {
 //   <= 32   tiles of 4 panels for most SMs    wide      gate_up 89.3 (two panels 92.0)
 //           small, one round of pairs         cut       pairs of blocks add up through shared memory: o 15.8 (16.8)
 //           any                               two panels
-//   <= 64   tiles of 4 panels for most SMs    wide      gate_up 110 (cut 115)
+//   <= 64   tiles of 4 panels for most SMs    wide      gate_up 110 (cut 115); up to 48 tokens, tiles of 48
 //           >= 2^27 weights                   wide cut  down 56.2 (wide 57.6)
 //           any                               cut       o 19.3 (wide 22.5)
 inline TileChoice choose_tile_of_few_tokens(const LinearProblem& p, const Device& device) {
@@ -67,6 +68,10 @@ inline TileChoice choose_tile_of_few_tokens(const LinearProblem& p, const Device
     if (p.m <= 32) {
         if (fill(Tile32Wide(), 3)) return TileChoice::k32Wide;
         return !large && Tiling::of<Tile32Cut>(p, device).one_round() ? TileChoice::k32Cut : TileChoice::k32;
+    }
+    if (p.m <= 48) {
+        if (fill(Tile48(), 3)) return TileChoice::k48;
+        return large ? TileChoice::k48WideCut : TileChoice::k48Cut;
     }
     if (fill(Tile64(), 3)) return TileChoice::k64;
     return large ? TileChoice::k64WideCut : TileChoice::k64Cut;
@@ -108,6 +113,10 @@ inline Plan plan_for_many_tokens(const LinearProblem& p, const Device& device) {
     consider(TileChoice::k128, Tiling::of<Tile128>(p, device), {1.0, 0.077, 0.0});
     consider(TileChoice::k128Narrow, Tiling::of<Tile128Narrow>(p, device), {0.524, 0.038, 0.0});
     consider(TileChoice::k128Cut, Tiling::of<Tile128Cut>(p, device), {0.262, 0.019, 0.02});
+    // Tensor cores need three quarters of the time for 96 tokens, dequantization all of it.
+    consider(TileChoice::k96, Tiling::of<Tile96>(p, device), {0.79, 0.058, 0.0});
+    consider(TileChoice::k96Narrow, Tiling::of<Tile96Narrow>(p, device), {0.414, 0.029, 0.0});
+    consider(TileChoice::k96Cut, Tiling::of<Tile96Cut>(p, device), {0.207, 0.015, 0.016});
     return best;
 }
 

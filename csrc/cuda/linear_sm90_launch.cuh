@@ -121,8 +121,14 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
     }
     if (problem.m > 64) {
         const Plan plan = plan_for_many_tokens(problem, device);
-        if (plan.tile == TileChoice::k128) return run(Tile128(), plan.split);
-        return plan.tile == TileChoice::k128Cut ? run(Tile128Cut(), plan.split) : run(Tile128Narrow(), plan.split);
+        switch (plan.tile) {
+            case TileChoice::k96: return run(Tile96(), plan.split);
+            case TileChoice::k96Narrow: return run(Tile96Narrow(), plan.split);
+            case TileChoice::k96Cut: return run(Tile96Cut(), plan.split);
+            case TileChoice::k128Narrow: return run(Tile128Narrow(), plan.split);
+            case TileChoice::k128Cut: return run(Tile128Cut(), plan.split);
+            default: return run(Tile128(), plan.split);
+        }
     }
     switch (choose_tile_of_few_tokens(problem, device)) {
         case TileChoice::k8: return run(Tile8());
@@ -132,6 +138,9 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
         case TileChoice::k32: return run(Tile32());
         case TileChoice::k32Cut: return run(Tile32Cut());
         case TileChoice::k32Wide: return run(Tile32Wide());
+        case TileChoice::k48: return run(Tile48());
+        case TileChoice::k48Cut: return run(Tile48Cut());
+        case TileChoice::k48WideCut: return run(Tile48WideCut());
         case TileChoice::k64WideCut: return run(Tile64WideCut());
         case TileChoice::k64Cut: return run(Tile64Cut());
         default: return run(Tile64());

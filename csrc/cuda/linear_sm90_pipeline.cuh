@@ -36,8 +36,10 @@ struct SharedLayout {
     static constexpr int kActivationBlock = T::kTokens * 128;       // 64 x tokens
     static constexpr int kWeightStage = T::kPanels * T::kBlocks * kWeightBlock;
     static constexpr int kActivationStage = T::kBlocks * kActivationBlock;
-    static constexpr int kStagedTokens = T::kOwnTokens < 64 ? T::kOwnTokens : 64;
-    static constexpr int kStaging = kStagedTokens * 128;  // of one consumer: tokens x 64 channels of 2 bytes
+    static constexpr int kStagedTokens = T::kOwnTokens < 64 ? T::kOwnTokens : T::kOwnTokens % 64 == 0 ? 64 : 48;
+    static_assert(T::kOwnTokens % kStagedTokens == 0, "parts of one size");
+    // Of one consumer: tokens, stored in sixteens, x 64 channels of 2 bytes.
+    static constexpr int kStaging = (kStagedTokens + 15) / 16 * 16 * 128;
     static constexpr int kExchange = T::kOwnPanels * T::kOwnSums * 128 * 4;  // of one consumer: fp32 sums
     static constexpr int kExchanges = T::kGroups * (T::kSplit - 1 + T::kClusterK - 1);
 

@@ -24,7 +24,7 @@ int main() {
     for (int sms : {2, 16, 78, 114, 132}) {
         for (int n : {1, 64, 200, 4096, 8192, 10240, 57344, 128256}) {
             for (int k : {8, 64, 1000, 8192, 28672}) {
-                for (int m : {1, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 200, 256, 511, 768, 1024, 4097}) {
+                for (int m : {1, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 96, 100, 128, 200, 256, 511, 768, 1024, 4097}) {
                     LinearProblem p{};
                     p.m = m, p.n = n, p.k = k, p.groups = 1;
                     const Device device{0, 9, 0, sms, 227 * 1024};
@@ -36,7 +36,10 @@ int main() {
                         const Plan plan = plan_for_many_tokens(p, device);
                         if (plan.tile == TileChoice::k128) check(Tile128(), &plan.split);
                         else if (plan.tile == TileChoice::k128Cut) check(Tile128Cut(), &plan.split);
-                        else check(Tile128Narrow(), &plan.split);
+                        else if (plan.tile == TileChoice::k128Narrow) check(Tile128Narrow(), &plan.split);
+                        else if (plan.tile == TileChoice::k96) check(Tile96(), &plan.split);
+                        else if (plan.tile == TileChoice::k96Cut) check(Tile96Cut(), &plan.split);
+                        else check(Tile96Narrow(), &plan.split);
                         continue;
                     }
                     switch (choose_tile_of_few_tokens(p, device)) {
@@ -47,6 +50,9 @@ int main() {
                         case TileChoice::k32: check(Tile32(), nullptr); break;
                         case TileChoice::k32Cut: check(Tile32Cut(), nullptr); break;
                         case TileChoice::k32Wide: check(Tile32Wide(), nullptr); break;
+                        case TileChoice::k48: check(Tile48(), nullptr); break;
+                        case TileChoice::k48Cut: check(Tile48Cut(), nullptr); break;
+                        case TileChoice::k48WideCut: check(Tile48WideCut(), nullptr); break;
                         case TileChoice::k64: check(Tile64(), nullptr); break;
                         case TileChoice::k64Cut: check(Tile64Cut(), nullptr); break;
                         case TileChoice::k64WideCut: check(Tile64WideCut(), nullptr); break;
