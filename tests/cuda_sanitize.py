@@ -46,6 +46,11 @@ def main() -> int:
             packed, scales = ops.quantize(weight.values.to(dtype), *bits, group_size)
             ops.dequantize(packed, scales, *bits, group_size, k, dtype)
             assert torch.equal(ops.unpack(weight.tiles, *bits, n, k), weight.rows)
+    # Rows too long for registers, and the end of a tensor in the middle of 16 bytes.
+    long = RandomWeight(E3M2, 70, 33000, 0, generator)
+    x = random_x(5, 33003, torch.bfloat16, generator)[:, 3:]
+    Expected(x, long).check(long.linear(x), "long rows")
+    checked += 1
     torch.cuda.synchronize()
     print(f"{checked} products agree with fp64")
     return 0

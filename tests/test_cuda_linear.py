@@ -112,6 +112,73 @@ def test_x_of_any_shape_stride_and_alignment(kernel, generator):
     assert weight.linear(flat[:0].view(3, 0, 192)).shape == (3, 0, 136)
 
 
+#: Powers of ten of bf16 rows, and the scales' power of two that keeps y in the range of what fp32 can sum.
+MAGNITUDES = [([-10, 0, 5, 10], 0), ([-39, -38, -30, -20], 80), ([20, 30, 38], -80)]
+
+
+@pytest.mark.parametrize("powers, exponent", MAGNITUDES, ids=["usual", "tiny", "huge"])
+def test_bf16_tokens_of_any_magnitude(kernel, powers, exponent, generator):
+    for n, k in [(200, 1000), (1024, 4096), (136, 1001)]:
+        weight = RandomWeight(E3M2, n, k, 0, generator)
+        if exponent and weight.kernel_name(1) == "sm80":
+            pytest.skip("linear_sm80 sums x times the codes' values before it scales, which leaves fp32's normal range")
+        weight.scales *= 2.0**exponent
+        weight.values *= 2.0**exponent
+        x = random_x(300, k, torch.float64, generator).clamp(-3, 3)
+        for i in range(len(x)):
+            x[i] *= 10.0 ** powers[i % len(powers)]
+        x[7] = 0
+        x[11, 5:] *= 1e-7  # a row of outliers
+        x[290, k // 2] = 0.0 if exponent else 1e4
+        x = x.bfloat16()
+        bias = (2.0**exponent * torch.randn(n, generator=generator)).bfloat16().cuda()
+        for terms in (None, bias):
+            expected = Expected(x, weight, terms)
+            for m in (1, 8, 16, 30, 64, 300):
+                expected.check(weight.linear(x[:m], terms), f"1e{powers}: {m} x {n} x {k}", m)
+
+
+def test_bf16_infinities_and_nans_spoil_their_own_tokens_only(kernel, generator):
+    weight = RandomWeight(E3M2, 264, 1032, 0, generator)
+    x = random_x(70, 1032, torch.bfloat16, generator)
+    x[3, 17], x[20, 1031], x[66, 0] = float("inf"), float("nan"), float("-inf")
+    spoilt = torch.zeros(70, dtype=torch.bool, device="cuda")
+    spoilt[[3, 20, 66]] = True
+    expected = Expected(x[~spoilt], weight)
+    for m in (8, 16, 32, 64, 70):
+        y = weight.linear(x[:m])
+        expected.check(y[~spoilt[:m]], f"{m} tokens", int((~spoilt[:m]).sum()))
+        wide = x[:m].double() @ weight.values.T
+        assert torch.equal(y.isinf(), wide.isinf()) and torch.equal(y.isnan(), wide.isnan()), f"{m} tokens"
+        infinite = wide.isinf()
+        assert torch.equal(y[infinite].double(), wide[infinite]), f"{m} tokens: signs"
+
+
+@pytest.mark.parametrize("k", [33000, 70001])
+def test_bf16_rows_longer_than_registers(k, generator):
+    weight = RandomWeight(E3M2, 70, k, 0, generator)
+    x = random_x(40, k, torch.bfloat16, generator)
+    x[1, -1], x[2, k // 2] = 1e4, -1e6
+    expected = Expected(x, weight)
+    for m in (1, 40):
+        expected.check(weight.linear(x[:m]), f"{m} x 70 x {k}", m)
+
+
+def test_bf16_x_of_any_shape_stride_and_alignment(kernel, generator):
+    weight = RandomWeight(E3M2, 136, 192, 0, generator)
+    flat = torch.randn(1 + 16 * 256, generator=generator).bfloat16().cuda()
+    wide = flat[:-1].view(16, 256)
+    for what, x in {
+        "unaligned": flat[1:].view(16, 256)[:, :192], "columns of wider rows": wide[:, 64:], "odd columns": wide[:, 3:195],
+        "every other row": wide[::2, :192], "transposed": flat[: 192 * 16].view(192, 16).T, "one row": wide[5:6, 8:200],
+        "the same row": wide[:1, :192].expand(9, 192), "rows of an odd stride": flat[: 15 * 193].view(15, 193)[:, 1:],
+    }.items():  # fmt: skip
+        Expected(x, weight).check(weight.linear(x), what)
+    x = wide[:, :192].view(4, 4, 192)
+    assert weight.linear(x).shape == (4, 4, 136)
+    Expected(wide[:, :192], weight).check(weight.linear(x).view(16, 136), "three dimensions")
+
+
 def test_same_bits_every_time(kernel, generator):
     weight = RandomWeight(E3M2, 1024, 8192, 0, generator)
     for m in (1, 16, 64, 256):
@@ -129,21 +196,38 @@ def test_one_hot_x_reads_single_weights(kernel, generator):
 
 def test_graph_capture_and_replay(kernel, generator):
     weight = RandomWeight(E3M2, 4096, 4096, 0, generator)
-    for m in (1, 64):
-        x = random_x(m, 4096, torch.float16, generator)
+    for m, dtype in [(1, torch.float16), (64, torch.float16), (1, torch.bfloat16), (64, torch.bfloat16)]:
+        x = random_x(m, 4096, dtype, generator)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = weight.linear(x)
         for _ in range(5):
-            x.copy_(random_x(m, 4096, torch.float16, generator))
+            x.copy_(random_x(m, 4096, dtype, generator))
             y.fill_(float("nan"))
             graph.replay()
             Expected(x, weight).check(y, f"replay with {m} tokens")
 
 
-def test_streams_at_the_same_time(kernel, generator):
+def test_kernels_that_follow_each_other_at_once(kernel, generator):
+    """Each reads what the one before wrote, and scratch memory is handed on from call to call."""
+    weights = [RandomWeight(E3M2, 1024, 1024, 0, generator) for _ in range(3)]
+    for weight in weights:  # y as large as x
+        weight.scales *= 6
+        weight.values *= 6
+    x = random_x(40, 1024, torch.bfloat16, generator)
+    inputs, outputs = [x], []
+    for i in range(60):
+        outputs.append(weights[i % 3].linear(inputs[-1]))
+        inputs.append(outputs[-1])
+    torch.cuda.synchronize()
+    for i, (own_x, y) in enumerate(zip(inputs, outputs)):
+        Expected(own_x, weights[i % 3]).check(y, f"link {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_streams_at_the_same_time(kernel, dtype, generator):
     weight = RandomWeight(E3M2, 2048, 4096, 0, generator)
-    x = [random_x(16, 4096, torch.float16, generator) for _ in range(4)]
+    x = [random_x(16, 4096, dtype, generator) for _ in range(4)]
     streams = [torch.cuda.Stream() for _ in x]
     torch.cuda.synchronize()
     results = []

@@ -62,11 +62,17 @@ LinearKernel kernel_for(const LinearProblem& p, const Device& device) {
     return kernel;
 }
 
-// x as the kernels want it: [m, k], contiguous, 16-byte aligned, rows of a multiple of 8.
+// x as kernels want it that do not convert it: [m, k], contiguous, 16-byte aligned, rows of a multiple of 8.
 Tensor aligned_x(const Tensor& x, int64_t m, int64_t k) {
     Tensor rows = x.reshape({m, k}).contiguous();
     if (k % 8 != 0) return at::constant_pad_nd(rows, {0, 8 - k % 8});
     return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone();
+}
+
+// x as linear_sm90 converts it: [m, k], rows any distance apart.
+Tensor rows_of(const Tensor& x, int64_t m, int64_t k) {
+    const Tensor rows = x.reshape({m, k});
+    return k == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 
 // Weights of some panels at a time to `dtype`, then torch's product, y rounded once.
@@ -149,18 +155,17 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
     if (m == 0) return y;
     TORCH_CHECK_VALUE(m < (int64_t(1) << 30), "x must have fewer than 2^30 rows, got ", m);
 
-    const Tensor rows = aligned_x(x, m, k), tiles = packed.contiguous(), row_scales = scales.contiguous();
+    const Tensor tiles = packed.contiguous(), row_scales = scales.contiguous();
     LinearProblem p{};
     p.exponent_bits = static_cast<int>(exponent_bits), p.mantissa_bits = static_cast<int>(mantissa_bits);
     p.dtype = x.scalar_type() == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
-    p.x = rows.const_data_ptr();
     p.tiles = tiles.const_data_ptr<uint8_t>();
     p.scales = row_scales.const_data_ptr<float>();
     p.groups = static_cast<int>(groups), p.group_size = groups == 1 ? 0 : static_cast<int>(group_size);
     p.bias = dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr;
     p.bias_dtype = dense_bias.defined() && dense_bias.scalar_type() == at::kFloat ? Dtype::kFloat32 : p.dtype;
     p.y = y.mutable_data_ptr();
-    p.m = static_cast<int>(m), p.n = n, p.k = static_cast<int>(rows.size(1));
+    p.m = static_cast<int>(m), p.n = n;
 
     const LinearKernel kernel = kernel_for(p, device);
     if (kernel == LinearKernel::kDequantize || kernel == LinearKernel::kReference) {
@@ -169,11 +174,20 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
                              group_size, kernel == LinearKernel::kDequantize ? x.scalar_type() : at::kFloat);
         return y;
     }
+    const bool converts = kernel == LinearKernel::kSm90 && p.dtype == Dtype::kBFloat16;
+    const Tensor rows = converts ? rows_of(x, m, k) : aligned_x(x, m, k);
+    p.x = rows.const_data_ptr(), p.x_stride = rows.stride(0), p.k = static_cast<int>(rows.size(1));
+    Tensor scratch;
+    if (converts) {
+        const auto bytes = static_cast<int64_t>(linear_sm90_scratch_bytes(p));
+        scratch = at::empty({bytes}, x.options().dtype(at::kByte));
+    }
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     void* workspace = nullptr;
     C10_CUDA_CHECK(workspace_of(device.index, stream, &workspace));
-    C10_CUDA_CHECK(kernel == LinearKernel::kSm90 ? linear_sm90(p, device, workspace, stream)
-                                                 : linear_sm80(p, device, workspace, stream));
+    C10_CUDA_CHECK(kernel == LinearKernel::kSm90
+                       ? linear_sm90(p, device, workspace, converts ? scratch.mutable_data_ptr() : nullptr, stream)
+                       : linear_sm80(p, device, workspace, stream));
     return y;
 }
 

@@ -1,4 +1,4 @@
-// What linear.cu hands to a linear kernel, and what it asks of one. No torch.
+// What linear.cpp hands to a linear kernel, and what it asks of one. No torch.
 //
 // The seam: an architecture's launcher implements `bool linear_smXX_supports(problem)` and `linear_smXX(...)` below;
 // choose_kernel (heuristics.h) says where which is used. A launcher neither allocates nor synchronizes.
@@ -19,7 +19,11 @@ struct LinearProblem {
     int exponent_bits;
     int mantissa_bits;
     Dtype dtype;           // of x and y: fp16 or bf16
-    const void* x;         // [m, k] contiguous, 16-byte aligned, k % 8 == 0 (linear.cu pads what is not)
+    const void* x;         // [m, k] contiguous, 16-byte aligned, k % 8 == 0 (linear.cpp pads what is not); bf16 for
+                           // linear_sm90: any k and alignment, rows x_stride apart
+    int64_t x_stride;      // elements from row to row
+    const float* x_scales; // null, or [m]: x is fp16 although dtype is bf16, and its rows are meant times these; what
+                           // linear_sm90 makes of bf16
     const uint8_t* tiles;  // [ceil(n / 64), ceil(k / 64), 512 * bits]: common/layout.h; codes beyond n or k are 0
     const float* scales;   // [n, groups]
     int groups;            // 1: one scale a row
@@ -51,7 +55,10 @@ bool linear_sm90_supports(const LinearProblem& problem);
 
 cudaError_t linear_sm80(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
 // Only where device is 9.0.
-cudaError_t linear_sm90(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
+cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* workspace, void* scratch,
+                        cudaStream_t stream);
+// Scratch memory of the launch, 16-byte aligned, with any contents; 0 for fp16.
+size_t linear_sm90_scratch_bytes(const LinearProblem& problem);
 
 }  // namespace cuda
 }  // namespace ds_fp6

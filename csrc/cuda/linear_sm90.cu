@@ -2,12 +2,13 @@
 #include "dequant.cuh"
 #include "dispatch.h"
 #include "linear.h"
+#include "linear_sm90_from_bf16.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-template <class Fmt, class T>
+template <class Fmt>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
 
 namespace {
@@ -40,15 +41,23 @@ bool linear_sm90_supports(const LinearProblem& problem) {
         [](auto format) { return sm90::kInstantiated<decltype(format)>; }, false);
 }
 
-cudaError_t linear_sm90(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
+size_t linear_sm90_scratch_bytes(const LinearProblem& problem) {
+    if (problem.dtype == Dtype::kFloat16) return 0;
+    return sm90::f16_bytes(problem) + problem.m * sizeof(float);
+}
+
+cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* workspace, void* scratch,
+                        cudaStream_t stream) {
+    if (problem.dtype == Dtype::kBFloat16) {
+        const cudaError_t status = sm90::convert_activations(problem, scratch, stream);
+        if (status != cudaSuccess) return status;
+    }
     return dispatch_format(
         problem.exponent_bits, problem.mantissa_bits,
         [&](auto format) {
             using Fmt = decltype(format);
             if constexpr (sm90::kInstantiated<Fmt>) {
-                return problem.dtype == Dtype::kFloat16
-                           ? sm90::launch<Fmt, Half>(problem, device, workspace, stream)
-                           : sm90::launch<Fmt, BFloat16>(problem, device, workspace, stream);
+                return sm90::launch<Fmt>(problem, device, workspace, stream);
             } else {
                 return cudaErrorInvalidValue;
             }

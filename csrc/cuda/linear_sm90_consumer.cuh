@@ -30,11 +30,10 @@ __device__ __forceinline__ void unroll(Body body) {
     unroll(body, std::make_integer_sequence<int, kCount>());
 }
 
-// How a lane's words of a 16x64 block become operands of T, Half or BFloat16.
-template <class Fmt, class T>
+// How a lane's words of a 16x64 block become operands in fp16.
+template <class Fmt>
 struct Codes {
-    using Dequantize = Dequant<Fmt, T>;
-    using Element = std::conditional_t<std::is_same_v<T, Half>, __half, __nv_bfloat16>;
+    using Dequantize = Dequant<Fmt, Half>;
     static constexpr int kBits = Fmt::kBits;
     static constexpr float kValue = static_cast<float>(1 << Dequantize::kScaleExponent);  // of an operand's 1
 
@@ -104,7 +103,6 @@ template <class T, class C, bool kGrouped>
 class Consumer {
 public:
     static constexpr int kBits = C::kBits;
-    using Element = typename C::Element;
     using Layout = SharedLayout<T, kBits>;
     using Sums = float[T::kOwnPanels][T::kSums];
 
@@ -196,8 +194,8 @@ private:
 #pragma unroll
         for (int i = 0; i < 4; ++i) pin(a0[i]), pin(a1[i]);
         wgmma_fence();
-        Wgmma<Element, T::kTokens>::issue(sums, a0, wgmma_descriptor(b), adds);
-        Wgmma<Element, T::kTokens>::issue(sums, a1, wgmma_descriptor(b + 2), 1);
+        Wgmma<T::kTokens>::issue(sums, a0, wgmma_descriptor(b), adds);
+        Wgmma<T::kTokens>::issue(sums, a1, wgmma_descriptor(b + 2), 1);
         wgmma_commit();
     }
 

@@ -1,5 +1,10 @@
-// From fp32 sums in registers to y: partial sums of other workers, scale, bias, store.
+// From fp32 sums in registers to y: partial sums of other workers, scales, bias, store.
 #pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "linear_sm90_consumer.cuh"
 #include "linear_sm90_exchange.cuh"
@@ -25,18 +30,18 @@ template <class T, class C, bool kGrouped>
 class Epilogue {
 public:
     static constexpr int kBits = C::kBits;
-    using Element = typename C::Element;
     using Layout = SharedLayout<T, kBits>;
     using OwnSums = float[T::kOwnPanels][T::kOwnSums];
 
     __device__ Epilogue(const Problem& p, const Ring<T, kBits>& ring, int worker, int rank, int warpgroup, int thread)
         : p_(p), worker_(worker), rank_(rank), group_(warpgroup / T::kSplit), thread_(thread) {
         staging_ = ring.base + Layout::kStagings + group_ * Layout::kStaging;
+        token_scales_ = ring.base + Layout::kTokenScales + group_ * T::kOwnTokens * 2;
     }
 
-    // Scale and bias of the two channels of each panel that a thread holds sums of.
+    // Scale and bias of the two channels of each panel that a thread holds sums of; thread i has the scale of token i.
     struct Terms {
-        float scale[T::kOwnPanels][2], bias[T::kOwnPanels][2];
+        float scale[T::kOwnPanels][2], bias[T::kOwnPanels][2], token_scale;
     };
 
     // Ahead of the multiplication, so that it hides the loads.
@@ -49,11 +54,9 @@ public:
             const int n = first + i / 2 * 64 + i % 2 * 8;
             if (n >= p_.n) continue;
             terms.scale[i / 2][i % 2] = C::kValue * (kGrouped ? 1.f : p_.scales[n]);
-            if (p_.bias) {
-                terms.bias[i / 2][i % 2] = p_.bias_is_fp32 ? static_cast<const float*>(p_.bias)[n]
-                                                           : to_float(static_cast<const Element*>(p_.bias)[n]);
-            }
+            if (p_.bias) terms.bias[i / 2][i % 2] = bias_of(n);
         }
+        if (kScalesAhead && p_.x_scales) terms.token_scale = token_scale(piece.tile);
         return terms;
     }
 
@@ -88,33 +91,70 @@ public:
 
     // y = sums * scale (+ bias), rounded once.
     __device__ void store(OwnSums& sums, int tile, const Terms& terms) const {
-        const int token = tile_origin(p_.schedule, tile).m * T::kTokens + rank_ * T::kOwnTokens;
-#pragma unroll
-        for (int panel = 0; panel < T::kOwnPanels; ++panel) {
-            store_panel(sums[panel], terms.scale[panel], terms.bias[panel], first_channel(tile) + panel * 64, token);
+        if (p_.x_scales) {
+            const float scale = kScalesAhead ? terms.token_scale : token_scale(tile);
+            // A power of two is exact in bf16 as well.
+            if (thread_ < T::kOwnTokens) store_shared_2(token_scales_ + thread_ * 2, __float_as_uint(scale) >> 16);
+            store_as<__nv_bfloat16>(sums, tile, terms);
+        } else {
+            store_as<__half>(sums, tile, terms);
         }
     }
 
 private:
     static constexpr int kFirstGroupBarrier = 2;
+    static constexpr bool kScalesAhead = T::kOwnTokens <= 64;  // tiles of more have no register to spare
 
     __device__ int first_channel(int tile) const {
         return (tile_origin(p_.schedule, tile).n * T::kPanels + group_ * T::kOwnPanels) * 64;
     }
 
+    __device__ int first_token(int tile) const {
+        return tile_origin(p_.schedule, tile).m * T::kTokens + rank_ * T::kOwnTokens;
+    }
+
+    // Of this thread's token; for a token that is not there, any.
+    __device__ float token_scale(int tile) const {
+        return p_.x_scales[min(first_token(tile) + min(thread_, T::kOwnTokens - 1), p_.m - 1)];
+    }
+
+    __device__ float bias_of(int n) const {
+        if (p_.bias_is_fp32) return static_cast<const float*>(p_.bias)[n];
+        return p_.x_scales ? to_float(static_cast<const __nv_bfloat16*>(p_.bias)[n])
+                           : to_float(static_cast<const __half*>(p_.bias)[n]);
+    }
+
+    template <class Element>
+    __device__ void store_as(const OwnSums& sums, int tile, const Terms& terms) const {
+#pragma unroll
+        for (int panel = 0; panel < T::kOwnPanels; ++panel) {
+            store_panel<Element>(sums[panel], terms, panel, first_channel(tile) + panel * 64, first_token(tile));
+        }
+    }
+
     __device__ int consumer_of(int worker) const { return (worker * T::kClusterK + rank_) * T::kGroups + group_; }
     __device__ float4* partial(int worker) const {
+        // Fits 32 bits: the workspace does.
         return reinterpret_cast<float4*>(p_.partials) +
-               static_cast<int64_t>(consumer_of(worker)) * (T::kOwnPanels * T::kOwnSums / 4 * 128) + thread_;
+               (consumer_of(worker) * (T::kOwnPanels * T::kOwnSums / 4 * 128) + thread_);
     }
     __device__ uint32_t* published(int worker) const { return p_.published + consumer_of(worker); }
 
     __device__ void sync() const { named_sync(kFirstGroupBarrier + group_, 128); }
 
+    // NOTE: tokens' scales reach from 2^-126 to 2^113. The small ones come first and the large ones last: what lies
+    // between is in fp32's range where y is.
+    __device__ static float scaled(float sum, float token, float channel) {
+        return sum * fminf(token, 1.f) * channel * fmaxf(token, 1.f);
+    }
+
     // 64 channels from `channel`, kOwnTokens tokens from `token`: transposed through shared memory, at most 64 tokens
     // at a time, 128 bytes a token whose 16-byte chunks are swizzled by the token.
-    __device__ void store_panel(const float (&sums)[T::kOwnSums], const float (&scale)[2], const float (&bias)[2],
-                                int channel, int token) const {
+    template <class Element>
+    __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel, int channel,
+                                int token) const {
+        const auto& scale = terms.scale[panel];
+        const auto& bias = terms.bias[panel];
         const int warp = thread_ / 32, lane = thread_ % 32;
 #pragma unroll
         for (int first = 0; first < T::kOwnTokens; first += Layout::kStagedTokens) {
@@ -127,7 +167,14 @@ private:
                 for (int i = 0; i < 4; ++i) {
                     if (t + 8 * (i / 2) >= Layout::kStagedTokens) continue;
                     const int h = i % 2, at = 4 * ((first + t) / 8 + i / 2) + 2 * h;
-                    q[i] = pack_pair(sums[at] * scale[h] + bias[h], sums[at + 1] * scale[h] + bias[h], Element());
+                    if constexpr (std::is_same_v<Element, __half>) {
+                        q[i] = pack_pair(sums[at] * scale[h] + bias[h], sums[at + 1] * scale[h] + bias[h], Element());
+                    } else {
+                        const uint32_t s = load_shared_4(token_scales_ + (first + t + 8 * (i / 2) + lane % 4 * 2) * 2);
+                        q[i] = pack_pair(scaled(sums[at], __uint_as_float(s << 16), scale[h]) + bias[h],
+                                         scaled(sums[at + 1], __uint_as_float(s & 0xFFFF0000u), scale[h]) + bias[h],
+                                         Element());
+                    }
                 }
                 const int row = t + lane % 8 + (Layout::kStagedTokens >= 16 ? lane / 16 * 8 : 0);
                 const int chunk = 2 * warp + lane / 8 % 2;
@@ -145,17 +192,17 @@ private:
 
     __device__ void copy_staged(int channel, int token) const {
         const int chunk = thread_ % 8, n = channel + 8 * chunk;
-        Element* y = static_cast<Element*>(p_.y);
+        uint16_t* y = static_cast<uint16_t*>(p_.y);
 #pragma unroll
         for (int row = 0; row < Layout::kStagedTokens; row += 16) {
             const int inside = row + thread_ / 8, m = token + inside;
             if (inside >= Layout::kStagedTokens || m >= p_.m || n >= p_.n) continue;
             const uint4 v = load_shared_16(staging_ + inside * 128 + ((chunk ^ (inside % 8)) * 16));
-            Element* target = y + static_cast<int64_t>(m) * p_.n + n;
+            uint16_t* target = y + static_cast<int64_t>(m) * p_.n + n;
             if (p_.n % 8 == 0) {
                 *reinterpret_cast<uint4*>(target) = v;
             } else {
-                const Element* values = reinterpret_cast<const Element*>(&v);
+                const uint16_t* values = reinterpret_cast<const uint16_t*>(&v);
                 for (int i = 0; i < 8 && n + i < p_.n; ++i) target[i] = values[i];
             }
         }
@@ -163,7 +210,7 @@ private:
 
     const Problem& p_;
     int worker_, rank_, group_, thread_;
-    uint32_t staging_;
+    uint32_t staging_, token_scales_;
 };
 
 }  // namespace sm90

@@ -1,10 +1,9 @@
-// Host side of linear_sm90_kernel for one format and activation type: tensor map, schedule, launch.
+// Host side of linear_sm90_kernel for one format: tensor map, schedule, launch.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <type_traits>
 
 #include "linear.h"
 #include "linear_sm90.cuh"
@@ -31,18 +30,15 @@ inline EncodeTiled encode_tiled() {
     return function;
 }
 
-// x [m, k], row-major 16-bit values, as boxes of 64 columns and `rows` rows with the 128-byte swizzle.
-template <class Element>
-cudaError_t map_activations(CUtensorMap* map, const void* x, int m, int k, int rows) {
+// x [m, k], row-major fp16, as boxes of 64 columns and `rows` rows with the 128-byte swizzle.
+inline cudaError_t map_activations(CUtensorMap* map, const void* x, int m, int k, int rows) {
     if (encode_tiled() == nullptr) return cudaErrorNotSupported;
-    constexpr CUtensorMapDataType kType = std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(m)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(k) * 2};
     const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(rows)};
     const cuuint32_t steps[2] = {1, 1};
     const CUresult result = encode_tiled()(
-        map, kType, 2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -69,12 +65,13 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     cudaError_t status = prepare<T, C, kGrouped>(device.index);
     if (status != cudaSuccess) return status;
     CUtensorMap x_map;
-    status = map_activations<typename C::Element>(&x_map, problem.x, problem.m, problem.k, T::kTokens);
+    status = map_activations(&x_map, problem.x, problem.m, problem.k, T::kTokens);
     if (status != cudaSuccess) return status;
 
     Problem p{};
     p.tiles = problem.tiles;
     p.scales = problem.scales;
+    p.x_scales = problem.x_scales;
     p.bias = problem.bias;
     p.bias_is_fp32 = problem.bias_dtype == Dtype::kFloat32;
     p.y = problem.y;
@@ -108,9 +105,9 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, p);
 }
 
-template <class Fmt, class T>
+template <class Fmt>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
-    using C = Codes<Fmt, T>;
+    using C = Codes<Fmt>;
     const auto run = [&](auto tile, Split split = {}) {
         return launch_tile<decltype(tile), C, false>(problem, device, workspace, stream, split);
     };
@@ -127,12 +124,10 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
         if (plan.tile == TileChoice::k128) return run(Tile128(), plan.split);
         return plan.tile == TileChoice::k128Cut ? run(Tile128Cut(), plan.split) : run(Tile128Narrow(), plan.split);
     }
-    // bf16 takes longer to dequantize.
-    constexpr bool kHalf = std::is_same_v<T, Half>;
     switch (choose_tile_of_few_tokens(problem, device)) {
-        case TileChoice::k8: return run(std::conditional_t<kHalf, Tile8, Tile8Four>());
+        case TileChoice::k8: return run(Tile8());
         case TileChoice::k8Wide: return run(Tile8Wide());
-        case TileChoice::k16: return run(std::conditional_t<kHalf, Tile16, Tile16Four>());
+        case TileChoice::k16: return run(Tile16());
         case TileChoice::k16Wide: return run(Tile16Wide());
         case TileChoice::k32: return run(Tile32());
         case TileChoice::k32Cut: return run(Tile32Cut());
@@ -147,6 +142,6 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
 }  // namespace cuda
 }  // namespace ds_fp6
 
-#define DS_FP6_INSTANTIATE_SM90(E, M, T)                                                                          \
-    template cudaError_t ds_fp6::cuda::sm90::launch<ds_fp6::Format<E, M>, T>(                                     \
+#define DS_FP6_INSTANTIATE_SM90(E, M)                                                                             \
+    template cudaError_t ds_fp6::cuda::sm90::launch<ds_fp6::Format<E, M>>(                                        \
         const ds_fp6::cuda::LinearProblem&, const ds_fp6::cuda::Device&, void*, cudaStream_t);

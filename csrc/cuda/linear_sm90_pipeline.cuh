@@ -14,8 +14,9 @@ namespace sm90 {
 struct Problem {
     const uint8_t* tiles;  // packed weights, common/layout.h
     const float* scales;   // [n, groups]
+    const float* x_scales; // null: y is fp16; or [m], of the tokens: y is bf16
     const void* bias;      // [n] of y's type or fp32, or null
-    void* y;               // [m, n], of x's type
+    void* y;               // [m, n]
     float* partials;       // [consumers of the grid][sums of a consumer]
     uint32_t* published;   // [consumers of the grid]: 1 while that consumer's partial sums wait for their owner
     int m, n;
@@ -28,7 +29,7 @@ struct Problem {
 };
 
 // Bytes of shared memory: activations first (their swizzle needs 1024-byte alignment), then weights, the staging of y,
-// sums on their way between consumers, the barriers.
+// sums on their way between consumers, scales of tokens, the barriers.
 template <class T, int kBits>
 struct SharedLayout {
     static constexpr int kWeightBlock = Tiles<kBits>::kPanelBytes;  // 64 x 64
@@ -41,15 +42,18 @@ struct SharedLayout {
     static constexpr int kExchanges = T::kGroups * (T::kSplit - 1 + T::kClusterK - 1);
 
     static constexpr int kMost = 227 * 1024, kBarrierBytes = (2 * T::kStages + 2 * T::kGroups) * 8;
-    static constexpr int kFitting = (kMost - T::kGroups * kStaging - kExchanges * kExchange - kBarrierBytes) /
-                                    (kWeightStage + kActivationStage);
+    static constexpr int kTokenScaleBytes = T::kGroups * T::kOwnTokens * 2;
+    static constexpr int kFitting =
+        (kMost - T::kGroups * kStaging - kExchanges * kExchange - kTokenScaleBytes - kBarrierBytes) /
+        (kWeightStage + kActivationStage);
     static constexpr int kStages = T::kStages < kFitting ? T::kStages : kFitting;
     static_assert(kStages >= 3, "one stage in use, one to be released late, one under way");
 
     static constexpr int kWeights = kStages * kActivationStage;
     static constexpr int kStagings = kWeights + kStages * kWeightStage;
     static constexpr int kExchangeAt = kStagings + T::kGroups * kStaging;
-    static constexpr int kBarriers = kExchangeAt + kExchanges * kExchange;
+    static constexpr int kTokenScales = kExchangeAt + kExchanges * kExchange;
+    static constexpr int kBarriers = kTokenScales + kTokenScaleBytes;
     static constexpr int kBytes = kBarriers + kBarrierBytes;
 };
 

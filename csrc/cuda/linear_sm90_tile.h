@@ -35,15 +35,12 @@ struct Tile {
 // Weights in flight hide the memory's latency: with 36 KB an SM 3.5 TB/s were reached, with 100 KB 4.3. A token costs the
 // L2 and the shared memory 128 bytes a block of K, so that more of them want more panels. At few tokens one panel for
 // all consumers, in turns along K, leaves 8192 channels without a cut tile on 132 SMs. Four consumers hide each other's
-// latencies better where their sums leave them registers: up to 32 tokens. bf16, which takes twice the instructions to
-// dequantize, gains most.
+// latencies better where their sums leave them registers: up to 32 tokens.
 //
 //                   panels tokens blocks stages consumers split clusterK
 using Tile8 =           Tile<1,   8,   4,    9,     2,      2,    1>;
-using Tile8Four =       Tile<1,   8,   8,    6,     4,      4,    1>;
 using Tile8Wide =       Tile<2,   8,   4,    8,     4,      2,    1>;
 using Tile16 =          Tile<1,  16,   4,   10,     2,      2,    1>;
-using Tile16Four =      Tile<1,  16,   8,    5,     4,      4,    1>;
 using Tile16Wide =      Tile<2,  16,   4,    6,     4,      2,    1>;
 using Tile32Grouped =   Tile<2,  32,   2,   10,     2,      1,    1>;
 using Tile32 =          Tile<2,  32,   4,    5,     4,      2,    1>;

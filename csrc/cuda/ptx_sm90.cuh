@@ -138,6 +138,14 @@ __device__ inline float4 load_shared_float4(uint32_t address) {
     return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
+__device__ inline void store_shared_4(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+__device__ inline void store_shared_2(uint32_t address, uint16_t v) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
+
 // Stores four 8x8 matrices transposed; lane 8q + r holds the address of row r of matrix q.
 __device__ inline void store_matrix_transposed_4(uint32_t row, uint32_t q0, uint32_t q1, uint32_t q2, uint32_t q3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(q0), "r"(q1),
@@ -159,6 +167,13 @@ template <int kRegisters>
 __device__ inline void registers_decrease() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+__device__ inline uint32_t larger(uint32_t a, uint32_t b) { return max(a, b); }
+
+// The largest value of the warp's threads.
+__device__ inline uint32_t warp_largest(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
 // ---- threads, clusters, grids ---------------------------------------------------------------------------------------
 

@@ -1,12 +1,9 @@
 // wgmma with the weights as A from registers and the activations as B from 128-byte-swizzled shared memory.
 //
-// D[64 channels, n tokens] += A[64, 16] . B[16, n], fp32 accumulation. Per warp w of the warpgroup, g = lane / 4, t = lane % 4:
+// D[64 channels, n tokens] += A[64, 16] . B[16, n], fp16, fp32 accumulation. Per warp w of the warpgroup, g = lane / 4, t = lane % 4:
 //   a[0..3]      channels 16w + g, g + 8, g, g + 8; k = 2t, 2t + 1 (a[0], a[1]) and 8 + 2t, 9 + 2t (a[2], a[3])
 //   d[4j .. +3]  channels 16w + g (first two) and g + 8; tokens 8j + 2t and 8j + 2t + 1
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -38,7 +35,7 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t address) {
     return descriptor;
 }
 
-template <class T, int kTokens>
+template <int kTokens>
 struct Wgmma;
 
 #define DS_FP6_F8(d, i)                                                                                              \
@@ -49,7 +46,7 @@ struct Wgmma;
 #define DS_FP6_F64(d, i) DS_FP6_F32(d, i), DS_FP6_F32(d, i + 32)
 
 template <>
-struct Wgmma<__half, 8> {
+struct Wgmma<8> {
     __device__ static void issue(float (&d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
@@ -62,20 +59,7 @@ struct Wgmma<__half, 8> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 8> {
-    __device__ static void issue(float (&d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3"
-            "}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-    }
-};
-
-template <>
-struct Wgmma<__half, 16> {
+struct Wgmma<16> {
     __device__ static void issue(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int accumulate) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
@@ -88,20 +72,7 @@ struct Wgmma<__half, 16> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 16> {
-    __device__ static void issue(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7"
-            "}, {%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
-            : DS_FP6_F8(d, 0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-    }
-};
-
-template <>
-struct Wgmma<__half, 32> {
+struct Wgmma<32> {
     __device__ static void issue(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
@@ -114,20 +85,7 @@ struct Wgmma<__half, 32> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 32> {
-    __device__ static void issue(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-            "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
-            : DS_FP6_F16(d, 0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-    }
-};
-
-template <>
-struct Wgmma<__half, 64> {
+struct Wgmma<64> {
     __device__ static void issue(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
@@ -141,41 +99,11 @@ struct Wgmma<__half, 64> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 64> {
-    __device__ static void issue(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-            "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-            : DS_FP6_F32(d, 0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-    }
-};
-
-template <>
-struct Wgmma<__half, 128> {
+struct Wgmma<128> {
     __device__ static void issue(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
-            : DS_FP6_F64(d, 0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-    }
-};
-
-template <>
-struct Wgmma<__nv_bfloat16, 128> {
-    __device__ static void issue(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
             "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "

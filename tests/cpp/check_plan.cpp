@@ -40,9 +40,9 @@ int main() {
                         continue;
                     }
                     switch (choose_tile_of_few_tokens(p, device)) {
-                        case TileChoice::k8: check(Tile8Four(), nullptr); [[fallthrough]];
+                        case TileChoice::k8: check(Tile8(), nullptr); break;
                         case TileChoice::k8Wide: check(Tile8Wide(), nullptr); break;
-                        case TileChoice::k16: check(Tile16Four(), nullptr); [[fallthrough]];
+                        case TileChoice::k16: check(Tile16(), nullptr); break;
                         case TileChoice::k16Wide: check(Tile16Wide(), nullptr); break;
                         case TileChoice::k32: check(Tile32(), nullptr); break;
                         case TileChoice::k32Cut: check(Tile32Cut(), nullptr); break;

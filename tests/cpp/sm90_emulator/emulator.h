@@ -198,5 +198,10 @@ inline float __uint_as_float(uint32_t bits) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t(a) * b >> 32); }
 inline int min(int a, int b) { return a < b ? a : b; }

@@ -1,4 +1,5 @@
-// Compares linear_sm90, launcher and kernel, with a product in double precision: random codes, activations, scales, bias.
+// Compares linear_sm90, launcher and kernels, with a product in double precision: random codes, activations, scales, bias.
+// Activations in bf16 have rows of very different magnitudes, and gaps between the rows.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
 // else the n-th of kTiles).
@@ -19,6 +20,12 @@ struct EmulatedThread {
 struct EmulatedBlock {
     int x = emulator::current->block->index;
 };
+struct EmulatedBlockSize {
+    operator int() const { return emulator::current->block->threads; }
+};
+static struct {
+    EmulatedBlockSize x;
+} blockDim;
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -27,6 +34,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
     return bytes <= emulator::kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+#include "linear_sm90_from_bf16.cuh"
 #include "linear_sm90_launch.cuh"
 
 using namespace ds_fp6;
@@ -34,7 +42,7 @@ using namespace ds_fp6::cuda;
 
 #ifndef EMULATED_FORMAT
 #define EMULATED_FORMAT Format<3, 2>
-#define EMULATED_TYPE Half
+#define EMULATED_ELEMENT __half
 #endif
 
 static CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, void* x, const cuuint64_t* sizes,
@@ -57,6 +65,13 @@ extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, con
     for (unsigned i = 0; i < config->numAttrs; ++i) {
         if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
     }
+    using Convert = void (*)(const sm90::Rows);
+    const auto convert = reinterpret_cast<Convert>(const_cast<void*>(function));
+    if (convert == &sm90::linear_sm90_from_bf16_kernel<true> || convert == &sm90::linear_sm90_from_bf16_kernel<false>) {
+        const auto& rows = *static_cast<const sm90::Rows*>(arguments[0]);
+        emulator::kernel_body = [=] { convert(rows); };
+        return emulator::launch(config->gridDim.x, config->blockDim.x, 1) ? cudaSuccess : cudaErrorLaunchTimeout;
+    }
     const auto kernel = reinterpret_cast<void (*)(const CUtensorMap, const sm90::Problem)>(const_cast<void*>(function));
     const auto& map = *static_cast<const CUtensorMap*>(arguments[0]);
     const auto& problem = *static_cast<const sm90::Problem*>(arguments[1]);
@@ -65,7 +80,8 @@ extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, con
 }
 
 using Fmt = EMULATED_FORMAT;
-using Element = sm90::Codes<Fmt, EMULATED_TYPE>::Element;
+using Element = EMULATED_ELEMENT;
+constexpr bool kHalf = std::is_same_v<Element, __half>;
 
 static double value_of_code(int code) {
     const int mantissa = code & ((1 << Fmt::kMantissaBits) - 1);
@@ -106,15 +122,21 @@ static void put(std::vector<uint8_t>& tiles, int k_blocks, int n, int k, int cod
 constexpr float kPoison = -12345.f;
 
 template <class T>
-constexpr auto kLaunch = &sm90::launch_tile<T, sm90::Codes<Fmt, EMULATED_TYPE>, false>;
+constexpr auto kLaunch = &sm90::launch_tile<T, sm90::Codes<Fmt>, false>;
 
 // Tiles that the heuristics take for weights too many to emulate.
 constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {
     kLaunch<sm90::Tile32Wide>,    kLaunch<sm90::Tile64>,          kLaunch<sm90::Tile8Wide>,
     kLaunch<sm90::Tile16Wide>,    kLaunch<sm90::Tile32>,          kLaunch<sm90::Tile32Cut>,
     kLaunch<sm90::Tile64WideCut>, kLaunch<sm90::Tile128>,         kLaunch<sm90::Tile128Narrow>,
-    kLaunch<sm90::Tile128Cut>,    kLaunch<sm90::Tile8Four>,       kLaunch<sm90::Tile16Four>,
+    kLaunch<sm90::Tile128Cut>,
 };
+
+// What x's row i is scaled with.
+static float magnitude_of_row(int i) {
+    constexpr float kMagnitudes[] = {1.f, 0x1p100f, 0x1p-100f, 0.f, 0x1p-128f, 1e-3f};
+    return kHalf ? 1.f : kMagnitudes[i % 6];
+}
 
 static bool check(int m, int n, int k, int group_size, int bias, int sms, int tile) {
     std::mt19937 random{static_cast<uint32_t>(m * 31 + n * 7 + k)};
@@ -122,11 +144,16 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
     const int k_blocks = (k + 63) / 64, groups = group_size ? (k + group_size - 1) / group_size : 1;
     std::vector<uint8_t> tiles(size_t((n + 63) / 64) * k_blocks * Tiles<Fmt::kBits>::kPanelBytes + 16);
     std::vector<double> w(size_t(n) * k);
-    std::vector<Element> x(size_t(m) * k), bias16(n), y(size_t(m + 1) * n + 8, Element(kPoison));
+    const int stride = kHalf ? k : k % 3 == 0 ? k + 1 : k + 8;
+    std::vector<Element> x(size_t(m) * stride), bias16(n), y(size_t(m + 1) * n + 8, Element(kPoison));
     std::vector<float> scales(size_t(n) * groups), bias32(n);
     for (auto& s : scales) s = 0.5f + (random() % 1024) / 1024.f;
     for (int i = 0; i < n; ++i) bias16[i] = Element(normal(random)), bias32[i] = normal(random);
-    for (auto& v : x) v = Element(normal(random));
+    for (auto& v : x) v = Element(NAN);
+    for (int i = 0; i < m; ++i) {
+        for (int j = 0; j < k; ++j) x[size_t(i) * stride + j] = Element(normal(random) * magnitude_of_row(i));
+        if (!kHalf && i % 6 == 5) x[size_t(i) * stride + random() % k] = Element(1e4f);
+    }
     for (int i = 0; i < n; ++i) {
         for (int j = 0; j < k; ++j) {
             const int code = random() % Fmt::kCodes;
@@ -137,8 +164,8 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
     std::vector<uint8_t> workspace(kWorkspaceBytes);
     LinearProblem p{};
     p.exponent_bits = Fmt::kExponentBits, p.mantissa_bits = Fmt::kMantissaBits;
-    p.dtype = std::is_same_v<EMULATED_TYPE, Half> ? Dtype::kFloat16 : Dtype::kBFloat16;
-    p.x = x.data(), p.tiles = tiles.data(), p.scales = scales.data(), p.groups = groups;
+    p.dtype = kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
+    p.x = x.data(), p.x_stride = stride, p.tiles = tiles.data(), p.scales = scales.data(), p.groups = groups;
     p.group_size = groups > 1 ? group_size : 0;
     p.bias = bias == 0 ? nullptr : bias == 1 ? static_cast<const void*>(bias16.data()) : bias32.data();
     p.bias_dtype = bias == 2 ? Dtype::kFloat32 : p.dtype;
@@ -149,18 +176,23 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
         for (int j = 0; j < n; ++j) {
             double sum = 0, magnitudes = 0;
             for (int c = 0; c < k; ++c) {
-                const double term = w[size_t(j) * k + c] * static_cast<float>(x[size_t(i) * k + c]);
+                const double term = w[size_t(j) * k + c] * static_cast<float>(x[size_t(i) * stride + c]);
                 sum += term, magnitudes += std::fabs(term);
             }
             if (bias) sum += bias == 1 ? static_cast<float>(bias16[j]) : bias32[j];
             expected[size_t(i) * n + j] = sum, magnitude[size_t(i) * n + j] = magnitudes;
         }
     }
-    const double step = std::is_same_v<EMULATED_TYPE, Half> ? 0x1p-11 : 0x1p-8;  // of rounding y
+    std::vector<uint8_t> scratch(sm90::f16_bytes(p) + m * sizeof(float));
+    if (!kHalf && sm90::convert_activations(p, scratch.data(), nullptr) != cudaSuccess) {
+        std::printf("m %d n %d k %d: conversion failed\n", m, n, k);
+        return false;
+    }
+    const double step = kHalf ? 0x1p-11 : 0x1p-8, smallest = kHalf ? 0x1p-24 : 0x1p-133;  // of rounding y
     for (int turn = 0; turn < 2; ++turn) {  // the second launch finds the flags that the first one left
         std::fill(y.begin(), y.end(), Element(kPoison));
         const cudaError_t status = tile == 0
-                                       ? sm90::launch<Fmt, EMULATED_TYPE>(p, device, workspace.data(), nullptr)
+                                       ? sm90::launch<Fmt>(p, device, workspace.data(), nullptr)
                                        : kTiles[tile - 1](p, device, workspace.data(), nullptr, sm90::Split{});
         if (status != cudaSuccess) {
             std::printf("m %d n %d k %d group %d: %s\n", m, n, k, group_size,
@@ -170,7 +202,7 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
         for (size_t i = 0; i < y.size(); ++i) {
             const double got = static_cast<float>(y[i]);
             const bool right = i < expected.size()
-                                   ? std::fabs(got - expected[i]) <= std::fabs(expected[i]) * step * 1.01 + magnitude[i] * 0x1p-20
+                                   ? std::fabs(got - expected[i]) <= std::fabs(expected[i]) * step * 1.01 + magnitude[i] * 0x1p-20 + smallest
                                    : got == static_cast<float>(Element(kPoison));
             if (right) continue;
             std::printf("m %d n %d k %d group %d bias %d sms %d launch %d: y[%zu] = %g, expected %g\n", m, n, k, group_size,

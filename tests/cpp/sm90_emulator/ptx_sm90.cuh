@@ -89,6 +89,8 @@ inline float4 load_shared_float4(uint32_t address) {
     return v;
 }
 inline void store_shared_16(uint32_t address, float4 v) { std::memcpy(memory(address, 16), &v, 16); }
+inline void store_shared_4(uint32_t address, uint32_t v) { std::memcpy(memory(address, 4), &v, 4); }
+inline void store_shared_2(uint32_t address, uint16_t v) { std::memcpy(memory(address, 2), &v, 2); }
 inline void store_async_16(uint32_t address, float4 v, uint32_t signal) {
     uint8_t* to = memory(address, 16);
     Barrier* b = &barrier(signal);
@@ -121,6 +123,15 @@ template <int>
 void registers_decrease() {}
 
 inline void named_sync(int id, int threads) { meet(current->block->meetings[id], threads); }
+inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+inline uint32_t warp_largest(uint32_t value) {
+    current->shown[0] = value;
+    meet_warp();
+    for (int lane = 0; lane < 32; ++lane) value = larger(value, lane_of_warp(lane).shown[0]);
+    meet_warp();
+    return value;
+}
+
 inline uint32_t cluster_rank() { return current->block->rank; }
 inline void cluster_sync() {
     meet(*current->block->cluster_meeting, current->block->threads * static_cast<int>(current->block->cluster.size()));
