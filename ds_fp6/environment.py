@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import platform
@@ -85,11 +84,10 @@ def _engine() -> dict[str, dict[str, str]]:
 
     cpu = not torch.cuda.is_available()
     found = {}
-    parts = {"attention": attention, "norms and gates": pointwise, "cuda graphs": graphs}
-    choices = {name: functools.partial(part.chosen, cpu) for name, part in parts.items()}
-    for name, chosen in {**choices, "lookahead": lookahead.chosen}.items():
+    parts = {"attention": attention, "norms and gates": pointwise, "cuda graphs": graphs, "lookahead": lookahead}
+    for name, part in parts.items():
         try:
-            use, why = chosen()
+            use, why = part.chosen(cpu)
             found[name] = {"use": {True: "on", False: "off"}.get(use, use), "why": why}
         except ValueError as error:
             found[name] = {"use": "refused", "why": str(error)}

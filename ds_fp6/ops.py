@@ -27,6 +27,12 @@ _schemas.define(
     "linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
     "int group_size) -> Tensor"
 )
+# Of kernels of which cuda_kernel_name says "sm90": out of N channels, gates and values by turns, come N / 2. `activation`
+# is DeepSpeed's number: 3 GELU (tanh), 4 ReLU, 5 SiLU.
+_schemas.define(
+    "gated_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
+    "int group_size, int activation) -> Tensor"
+)
 _schemas.define("pack(Tensor rows, int exponent_bits, int mantissa_bits, int in_features) -> Tensor")
 _schemas.define(
     "unpack(Tensor tiles, int exponent_bits, int mantissa_bits, int out_features, int in_features) -> Tensor"
@@ -35,7 +41,7 @@ _schemas.define(
 #: Operators by the dispatch key of the extension that has them.
 _OPERATORS = {
     "CPU": ("quantize", "dequantize", "linear"),
-    "CUDA": ("quantize", "dequantize", "linear", "pack", "unpack"),
+    "CUDA": ("quantize", "dequantize", "linear", "gated_linear", "pack", "unpack"),
 }
 
 #: Rows (N) and columns (K) of the GPU layout's panels, see csrc/common/layout.h.
@@ -93,12 +99,21 @@ for _key in _OPERATORS:
 quantize = torch.ops.ds_fp6.quantize
 dequantize = torch.ops.ds_fp6.dequantize
 linear = torch.ops.ds_fp6.linear
+gated_linear = torch.ops.ds_fp6.gated_linear
 pack = torch.ops.ds_fp6.pack
 unpack = torch.ops.ds_fp6.unpack
 
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def cuda_kernel_name(
+    m: int, n: int, k: int, exponent_bits: int, mantissa_bits: int, group_size: int, device: torch.device
+) -> str:
+    """The kernel that ``linear`` takes on ``device`` for x [m, k] and weights [n, k]: sm90, sm80 or dequantize."""
+    load("CUDA")
+    return torch.ops.ds_fp6.cuda_kernel_name(m, n, k, exponent_bits, mantissa_bits, group_size, device)
 
 
 def packed_shape(device: torch.device, bits: int, out_features: int, in_features: int) -> tuple[int, ...]:
@@ -125,6 +140,11 @@ def _(packed, scales, exponent_bits, mantissa_bits, group_size, in_features, dty
 @torch.library.register_fake("ds_fp6::linear")
 def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size):
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+@torch.library.register_fake("ds_fp6::gated_linear")
+def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, activation):
+    return x.new_empty((*x.shape[:-1], scales.shape[0] // 2))
 
 
 @torch.library.register_fake("ds_fp6::pack")

@@ -72,8 +72,8 @@ def test_defaults_are_the_published_experiment_with_a_gpu(monkeypatch):
     args = arguments()
     found = serving.configurations(args)
     assert args.model == "llama-2-70b" and serving._load_format(args) == "dummy"
-    assert {(c.mode, c.tp) for c in found} == {("fp16", 2), ("wf6af16", 1)}
-    assert {c.clients for c in found} == {32} and [c.generation for c in found] == [250, 500, 1000] * 2
+    assert {(c.mode, c.tp) for c in found} == {("upstream", 2), ("fp16", 2), ("wf6af16", 1)}
+    assert {c.clients for c in found} == {32} and [c.generation for c in found] == [250, 500, 1000] * 3
     assert {(c.requests, c.prompt_length, c.prompt_length_var) for c in found} == {(128, 100, 0.3)}
 
 
@@ -210,6 +210,16 @@ def result(**changes) -> dict:
     return base | summary(REQUESTS, 3, devices=2) | changes
 
 
+def test_upstream_is_the_checkpoint_with_deepspeeds_own_engine(monkeypatch, tmp_path):
+    monkeypatch.setattr(load_client, "served", lambda *given: given)
+    args = arguments("--generation", "8")
+    serving.configurations(args)
+    for mode, weights, environment in [("upstream", None, serving.UPSTREAM_ENVIRONMENT), ("wf6af16", "wf6af16", None)]:
+        given = serving._server(args, tmp_path, mode, 1)
+        assert (given[1], given[-1]) == (weights, environment)
+    assert {"DS_FP6_ATTENTION": "upstream", "DS_FP6_LOOKAHEAD": "0"}.items() <= serving.UPSTREAM_ENVIRONMENT.items()
+
+
 def test_table_and_ratios():
     results = [
         result(), result(mode="wf6af16", tp=1, **summary(REQUESTS, 3, 1)),
@@ -220,8 +230,8 @@ def test_table_and_ratios():
     assert lines[1].split()[:5] == ["fp16", "2", "4", "8", "1.5"]
     assert lines[3].endswith("partial: 2 of 4 requests; gone") and lines[4].endswith("failed: E")
     assert serving_report.ratios(results) == [
-        "wf6af16 tp 1 against fp16 tp 2, 4 clients, 8 tokens: 2.00 x the tokens per GPU-second",
-        "wf5af16 tp 2 against fp16 tp 2, 4 clients, 8 tokens: 1.00 x the tokens per GPU-second (partial)",
+        "wf6af16 tp 1 against fp16 tp 2, 4 clients, 8 tokens: 2.00 x the tokens per GPU-second, 1.00 x the latency",
+        "wf5af16 tp 2 against fp16 tp 2, 4 clients, 8 tokens: 1.00 x the tokens per GPU-second, 1.00 x the latency (partial)",
     ]
 
 

@@ -11,7 +11,7 @@ from ds_fp6.bench import step
 from ds_fp6.bench.__main__ import main
 from ds_fp6.bench.kernel_times import Kernel, busy_seconds, kernel_class, seconds_by_class
 from ds_fp6.bench.linear_cuda import Ceilings
-from ds_fp6.integrations.engine import build_engine, fill_cache, generate
+from ds_fp6.integrations.engine import build_engine, fill_cache, generate, greedy_steps
 from ds_fp6.integrations.engine import step as engine_step
 from models import build, save
 
@@ -87,3 +87,19 @@ def test_a_filled_cache_continues_as_a_computed_one(tmp_path):
     assert logits.shape[0] == 2 and torch.isfinite(logits).all()
     assert engine._state_manager.get_sequence(7).seen_tokens == 131
     engine.flush(7), engine.flush(8)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_greedy_steps_are_those_of_generation(tmp_path, ahead, with_prompt):
+    directory = save(build("llama_gqa", torch.float16), tmp_path)
+    engine = build_engine(directory, max_context=256, memory_config={"mode": "allocate", "size": 32})
+    prompts = [torch.arange(5), torch.arange(3, 20)]
+    expected, _ = generate(engine, prompts, 6)
+    first = engine_step(engine, dict(enumerate(prompts))).argmax(dim=-1)
+    prompt = torch.arange(7) if with_prompt else None
+    steps = greedy_steps(engine, {0: first[:1], 1: first[1:]}, prompt, ahead)
+    chosen = torch.stack([next(steps) for _ in range(5)], dim=1)
+    assert torch.equal(chosen[:2], expected[:, 1:])
+    if with_prompt:
+        assert chosen.shape[0] == 3 and (chosen[2] == chosen[2, 0]).all()

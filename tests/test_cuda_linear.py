@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cases import GPU_SHAPES, GPU_TOKENS, fresh_generator
-from cuda_cases import Expected, RandomWeight, needs_gpu, random_x
+from cuda_cases import ROUNDING, Expected, RandomWeight, needs_gpu, random_x
 from ds_fp6 import PackedWeight, ops
 from ds_fp6 import linear as packed_linear
 from ds_fp6.formats import E2M1, E2M2, E2M3, E3M2, Format, all_formats
@@ -78,6 +79,35 @@ def test_bias(kernel, dtype, bias_dtype, generator):
         expected = Expected(x, weight, bias)
         for m in (1, 16, 33, 64, 200, 600):
             expected.check(weight.linear(x[:m], bias), f"{dtype} {m} x {n} x {k} with a bias in {bias.dtype}", m)
+
+
+@pytest.mark.parametrize("activation", [3, 4, 5], ids=["gelu", "relu", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_of_adjacent_channels(dtype, activation, generator):
+    for n, k, group_size in [(2, 8, 0), (200, 320, 64), (1026, 1024, 0), (4096, 520, 0)]:
+        weight = RandomWeight(E3M2, n, k, group_size, generator)
+        bias = torch.randn(n, generator=generator).cuda()
+        x = random_x(600, k, dtype, generator)
+        for m in (1, 16, 33, 64, 200, 600):
+            arguments = (x[:m], weight.tiles, weight.scales, bias, 3, 2, group_size)
+            if weight.kernel_name(m) != "sm90":
+                with pytest.raises(RuntimeError, match="only the kernel sm90 has gates"):
+                    ops.gated_linear(*arguments, activation)
+                continue
+            gate, up = ops.linear(*arguments).double().unflatten(1, (-1, 2)).unbind(-1)
+            act = {3: lambda g: F.gelu(g, approximate="tanh"), 4: F.relu, 5: F.silu}[activation](gate)
+            y = ops.gated_linear(*arguments, activation)
+            assert y.shape == (m, n // 2) and y.dtype == dtype
+            torch.testing.assert_close(y.double(), act * up, rtol=ROUNDING[dtype] * 1.01, atol=1e-4)
+
+
+def test_gates_say_what_is_wrong(generator):
+    weight = RandomWeight(E3M2, 65, 64, 0, generator)
+    x = random_x(1, 64, torch.float16, generator)
+    with pytest.raises(ValueError, match="even N.*65"):
+        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 5)
+    with pytest.raises(ValueError, match="SiLU.*got 6"):
+        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 6)
 
 
 @pytest.mark.parametrize("name", ["dequantize", "reference"])

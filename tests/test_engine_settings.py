@@ -37,14 +37,15 @@ def test_environment_says_what_is_in_use_and_why(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = {"use": "the CPU's operators", "why": "the engine runs on a CPU"}
     off = {**here, "use": "off"}
-    plain = {"use": "off", "why": "default"}
     found = environment._engine()
-    assert found == {"attention": here, "norms and gates": here, "cuda graphs": off, "lookahead": plain}
+    assert found == {"attention": here, "norms and gates": here, "cuda graphs": off, "lookahead": off}
     monkeypatch.setenv("DS_FP6_LOOKAHEAD", "1")
-    assert environment._engine()["lookahead"]["use"] == "on"
+    assert environment._engine()["lookahead"] == {"use": "on", "why": "DS_FP6_LOOKAHEAD=1"}
+    monkeypatch.delenv("DS_FP6_LOOKAHEAD")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_ops, "problem", lambda: None)
-    assert environment._engine()["cuda graphs"] == {"use": "on", "why": "default on a GPU"}
+    found = environment._engine()
+    assert found["cuda graphs"] == found["lookahead"] == {"use": "on", "why": "default on a GPU"}
     monkeypatch.setenv(attention.VARIABLE, "flash")
     found = environment._engine()
     assert found["attention"]["use"] == "refused" and "got 'flash'" in found["attention"]["why"]

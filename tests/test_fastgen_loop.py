@@ -23,7 +23,7 @@ STATE = {
     "max_ragged_batch_size": 96, "max_ragged_sequence_count": 6, "max_tracked_sequences": 8,
     "memory_config": {"mode": "allocate", "size": 16},
 }  # fmt: skip
-LOOPS = ("upstream", "default", "lookahead")
+LOOPS = ("upstream", "plain", "lookahead")
 PATIENCE = 60
 
 
@@ -118,7 +118,7 @@ class Journal(queue.Queue):
 
 
 def test_a_step_is_started_before_the_tokens_of_the_last_are_given_out(build):
-    pipe, events = build(MIIAsyncPipeline, "default"), []
+    pipe, events = build(MIIAsyncPipeline, "plain"), []
     pipe.result_queues[threading.get_ident()] = Journal(events)
     put = pipe.put
     pipe.put = lambda *batch: (events.append("step"), put(*batch))[1]
@@ -224,7 +224,7 @@ REQUESTS = (
 def test_served_sequences_are_the_same_with_lookahead(build):
     """Seeds, penalties and log probabilities; a sequence that is cancelled early and one that ends by a token."""
     told = {}
-    for loop in ("default", "lookahead"):
+    for loop in ("plain", "lookahead"):
         served = Served(build(ServingPipeline, loop))
         submit = served.pipeline.submit
         prompts = [prompt.tolist() for prompt in models.random_prompts(*(length for length, _, _ in REQUESTS), seed=2)]
@@ -244,7 +244,7 @@ def test_served_sequences_are_the_same_with_lookahead(build):
         served.end()
         assert served.pipeline.live == 0
         told[loop] = [(served.steps[sequence.uid], sequence.prompt_logprobs) for sequence in sequences]
-    finishes = [steps[-1].finish for steps, _ in told["default"]]
+    finishes = [steps[-1].finish for steps, _ in told["plain"]]
     assert set(finishes) == {"stop", "length"}
     for default, ahead in zip(*told.values(), strict=True):
         assert [(step.token, step.finish) for step in ahead[0]] == [(step.token, step.finish) for step in default[0]]
@@ -269,16 +269,20 @@ def test_lookahead_starts_a_step_before_it_reads_the_tokens_of_the_last(build):
     assert events == ["step", "step", "read", "token", "step", "read", "token", "read", "token", "end"]
 
 
-@pytest.mark.parametrize(("text", "use"), [(None, False), ("0", False), ("1", True)])
-def test_lookahead_is_chosen_by_its_variable(monkeypatch, text, use):
+@pytest.mark.parametrize("cpu", [False, True])
+@pytest.mark.parametrize("text", [None, "0", "1"])
+def test_lookahead_is_chosen_by_its_variable(monkeypatch, text, cpu):
     monkeypatch.setenv(lookahead.VARIABLE, text or "")
-    assert lookahead.chosen() == (use, f"{lookahead.VARIABLE}={text}" if text else "default")
+    if text:
+        assert lookahead.chosen(cpu) == (text == "1", f"{lookahead.VARIABLE}={text}")
+    else:
+        assert lookahead.chosen(cpu) == (not cpu, "the engine runs on a CPU" if cpu else "default on a GPU")
 
 
 def test_lookahead_of_another_value_is_refused(monkeypatch):
     monkeypatch.setenv(lookahead.VARIABLE, "yes")
     with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
-        lookahead.chosen()
+        lookahead.chosen(cpu=False)
 
 
 def test_ranks_must_agree_on_lookahead(parts, monkeypatch):

@@ -44,7 +44,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernel's sources with the emulator's headers in place of those that hold PTX."""
     folder = tmp_path_factory.mktemp("sm90")
     shutil.copytree(ROOT / "csrc" / "common", folder / "common")
-    for source in [*CUDA.glob("linear_sm90*.h"), *CUDA.glob("linear_sm90*.cuh"), CUDA / "linear.h", CUDA / "dequant.cuh"]:
+    for source in [*CUDA.glob("linear_sm90*.h"), *CUDA.glob("linear_sm90*.cuh"), CUDA / "linear.h", CUDA / "dequant.cuh", CUDA / "gate.cuh"]:
         shutil.copy(source, folder)
     for source in EMULATOR.iterdir():
         shutil.copy(source, folder)

@@ -120,8 +120,10 @@ std::string kernel_name(int64_t m, int64_t n, int64_t k, int64_t exponent_bits, 
     return kKernelNames[static_cast<size_t>(kernel_for(p, device_of(index)))];
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
-              int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size) {
+namespace {
+
+Tensor linear_with_gate(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+                        int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size, Gate gate) {
     const int bits = check_format(exponent_bits, mantissa_bits);
     TORCH_CHECK_VALUE(packed.is_cuda(), "packed must be on a CUDA device, got ", packed.device());
     check_device("x", x, "packed", packed.device());
@@ -149,7 +151,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
 
     const c10::cuda::CUDAGuard guard(packed.device());
     at::DimVector shape(x.sizes().begin(), x.sizes().end());
-    shape.back() = n;
+    shape.back() = gate == Gate::kNone ? n : n / 2;
     Tensor y = at::empty(shape, x.options());
     const int64_t m = x.numel() / k;
     if (m == 0) return y;
@@ -164,10 +166,13 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
     p.groups = static_cast<int>(groups), p.group_size = groups == 1 ? 0 : static_cast<int>(group_size);
     p.bias = dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr;
     p.bias_dtype = dense_bias.defined() && dense_bias.scalar_type() == at::kFloat ? Dtype::kFloat32 : p.dtype;
+    p.gate = gate;
     p.y = y.mutable_data_ptr();
     p.m = static_cast<int>(m), p.n = n;
 
     const LinearKernel kernel = kernel_for(p, device);
+    TORCH_CHECK(gate == Gate::kNone || kernel == LinearKernel::kSm90, "only the kernel sm90 has gates; ", m, " x ", n,
+                " x ", k, " runs the kernel ", kKernelNames[static_cast<size_t>(kernel)]);
     if (kernel == LinearKernel::kDequantize || kernel == LinearKernel::kReference) {
         Tensor flat = y.view({m, n});
         multiply_dequantized(x.reshape({m, k}), tiles, row_scales, dense_bias, flat, exponent_bits, mantissa_bits,
@@ -189,6 +194,23 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
                        ? linear_sm90(p, device, workspace, converts ? scratch.mutable_data_ptr() : nullptr, stream)
                        : linear_sm80(p, device, workspace, stream));
     return y;
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+              int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size) {
+    return linear_with_gate(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, Gate::kNone);
+}
+
+Tensor gated_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+                    int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size, int64_t activation) {
+    const auto gate = static_cast<Gate>(activation);
+    TORCH_CHECK_VALUE(gate == Gate::kGeglu || gate == Gate::kReglu || gate == Gate::kSiglu,
+                      "a gated activation is 3 (GELU), 4 (ReLU) or 5 (SiLU), got ", activation);
+    TORCH_CHECK_VALUE(scales.dim() == 2 && scales.size(0) % 2 == 0,
+                      "gates need scales [N, groups] with an even N, got ", scales.sizes());
+    return linear_with_gate(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, gate);
 }
 
 }  // namespace cuda

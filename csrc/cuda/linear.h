@@ -14,6 +14,10 @@ namespace cuda {
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 
+// What becomes of each two channels: y[i] = act(sum[2i]) * sum[2i + 1], both rounded to y's type first; DeepSpeed's
+// numbers. GELU is the one by tanh.
+enum class Gate { kNone = 0, kGeglu = 3, kReglu = 4, kSiglu = 5 };
+
 // y[m, n] = x[m, k] . value(codes)[n, k]^T * scale (+ bias[n]), accumulated in fp32, rounded once. m, n, k >= 1.
 struct LinearProblem {
     int exponent_bits;
@@ -30,7 +34,8 @@ struct LinearProblem {
     int group_size;        // of k; 0 where groups == 1
     const void* bias;      // [n] of bias_dtype, or null
     Dtype bias_dtype;      // dtype or fp32
-    void* y;               // [m, n] contiguous, 16-byte aligned
+    Gate gate;             // other than none for linear_sm90 only, where n is even
+    void* y;               // [m, n], with a gate [m, n / 2]; contiguous, 16-byte aligned
     int m, n, k;
 
     int bits() const { return 1 + exponent_bits + mantissa_bits; }

@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "gate.cuh"
 #include "linear_sm90_consumer.cuh"
 #include "linear_sm90_exchange.cuh"
 
@@ -186,7 +187,7 @@ private:
                 }
             }
             sync();
-            copy_staged(channel, token + first);
+            p_.gate == Gate::kNone ? copy_staged(channel, token + first) : copy_gated<Element>(channel, token + first);
         }
     }
 
@@ -206,6 +207,36 @@ private:
                 for (int i = 0; i < 8 && n + i < p_.n; ++i) target[i] = values[i];
             }
         }
+    }
+
+    // Eight staged channels become four of y.
+    template <class Element>
+    __device__ void copy_gated(int channel, int token) const {
+        const int chunk = thread_ % 8, n = (channel + 8 * chunk) / 2, channels = p_.n / 2;
+        uint16_t* y = static_cast<uint16_t*>(p_.y);
+#pragma unroll 1
+        for (int row = 0; row < Layout::kStagedTokens; row += 16) {
+            const int inside = row + thread_ / 8, m = token + inside;
+            if (inside >= Layout::kStagedTokens || m >= p_.m || n >= channels) continue;
+            const uint4 v = load_shared_16(staging_ + inside * 128 + ((chunk ^ (inside % 8)) * 16));
+            const uint2 out = make_uint2(gated_pair<Element>(v.x, v.y), gated_pair<Element>(v.z, v.w));
+            uint16_t* target = y + static_cast<int64_t>(m) * channels + n;
+            if (channels % 4 == 0) {
+                *reinterpret_cast<uint2*>(target) = out;
+            } else {
+                const uint16_t* values = reinterpret_cast<const uint16_t*>(&out);
+                for (int i = 0; i < 4 && n + i < channels; ++i) target[i] = values[i];
+            }
+        }
+    }
+
+    // Two (gate, up) pairs to two channels.
+    template <class Element>
+    __device__ uint32_t gated_pair(uint32_t first, uint32_t second) const {
+        const Element* a = reinterpret_cast<const Element*>(&first);
+        const Element* b = reinterpret_cast<const Element*>(&second);
+        return pack_pair(gated(p_.gate, to_float(a[0]), to_float(a[1])), gated(p_.gate, to_float(b[0]), to_float(b[1])),
+                         Element());
     }
 
     const Problem& p_;

@@ -74,6 +74,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     p.x_scales = problem.x_scales;
     p.bias = problem.bias;
     p.bias_is_fp32 = problem.bias_dtype == Dtype::kFloat32;
+    p.gate = problem.gate;
     p.y = problem.y;
     p.published = static_cast<uint32_t*>(workspace);
     p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + kWorkspaceFlagBytes);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/layout.h"
+#include "linear.h"
 #include "linear_sm90_schedule.h"
 #include "linear_sm90_tile.h"
 #include "ptx_sm90.cuh"
@@ -16,13 +17,14 @@ struct Problem {
     const float* scales;   // [n, groups]
     const float* x_scales; // null: y is fp16; or [m], of the tokens: y is bf16
     const void* bias;      // [n] of y's type or fp32, or null
-    void* y;               // [m, n]
+    void* y;               // [m, n]; with a gate [m, n / 2]
     float* partials;       // [consumers of the grid][sums of a consumer]
     uint32_t* published;   // [consumers of the grid]: 1 while that consumer's partial sums wait for their owner
     int m, n;
     int groups;        // 1: one scale a channel
     int group_blocks;  // 64-wide blocks of K that share a scale
     bool bias_is_fp32;
+    Gate gate;
     int panels;    // ceil(n / 64)
     int k_blocks;  // ceil(k / 64)
     Schedule schedule;

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-LOOPS = ("upstream", "default", "lookahead")
+LOOPS = ("upstream", "plain", "lookahead")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,18 +27,22 @@ from tqdm import tqdm
 from ds_fp6 import __version__
 from ds_fp6.bench import models, serving_metrics, serving_report
 from ds_fp6.bench.serving_metrics import Request
+from ds_fp6.bench.serving_report import DENSE
+from ds_fp6.bench.step import UPSTREAM, UPSTREAM_ENVIRONMENT
 from ds_fp6.formats import Mode
 
-#: Modes that leave a checkpoint's weights as they are.
-DENSE = ("fp16", "bf16", "none")
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-python-llama"
 WARM_UP_TOKENS = 8
 
 PUBLISHED = {
-    "model": "llama-2-70b", "clients": [32], "requests": 128, "prompt_length": 100, "generation": [250, 500, 1000],
+    "model": "llama-2-70b", "modes": [UPSTREAM, "fp16", "wf6af16"], "clients": [32], "requests": 128, "prompt_length": 100,
+    "generation": [250, 500, 1000],
 }  # fmt: skip
 #: About a minute on two cores.
-SMALL = {"model": str(TINY), "clients": [4], "requests": 16, "prompt_length": 32, "generation": [32, 64, 128]}
+SMALL = {
+    "model": str(TINY), "modes": ["fp16", "wf6af16"], "clients": [4], "requests": 16, "prompt_length": 32,
+    "generation": [32, 64, 128],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"a checkpoint's directory, or a shape with dummy weights: {shapes}")
     parser.add_argument("--load-format", choices=["auto", "dummy"], help="default: dummy for a shape, else auto")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N transformer layers; dummy weights")
-    modes = "comma-separated; default fp16,wf6af16"
-    parser.add_argument("--modes", type=_names, default=["fp16", "wf6af16"], help=modes)
+    modes = (
+        "comma-separated: quantization modes, fp16 for the checkpoint's own weights, upstream for these with DeepSpeed's "
+        "own engine; default with a GPU upstream,fp16,wf6af16, without fp16,wf6af16"
+    )
+    parser.add_argument("--modes", type=_names, help=modes)
     tp = "tensor-parallel degrees; default 1, but 2 for 16-bit weights of the published experiment"
     parser.add_argument("--tp", type=_integers, metavar="N,N", help=tp)
     for name, text in (("clients", "clients"), ("generation", "tokens in each answer")):
@@ -222,8 +229,9 @@ def _server(args: argparse.Namespace, directory: Path, mode: str, tp: int) -> An
         state["memory_config"] = {"mode": "allocate", "size": args.kv_blocks}
     log = args.log or "/dev/null"
     return served(
-        directory, None if mode in DENSE else mode, tp, _load_format(args), state, log, args.start_limit
-    )
+        directory, None if mode in DENSE else mode, tp, _load_format(args), state, log, args.start_limit,
+        UPSTREAM_ENVIRONMENT if mode == UPSTREAM else None,
+    )  # fmt: skip
 
 
 def _failed(configuration: Configuration, error: BaseException) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+#: Modes that leave a checkpoint's weights as they are; "upstream" also runs DeepSpeed's own engine.
+DENSE = ("upstream", "fp16", "bf16", "none")
+
 #: Headings, and where a result has the figure.
 COLUMNS = (
     ("tokens/s", ("vllm", "output_throughput"), ".1f"),
@@ -27,7 +30,7 @@ def require_matplotlib() -> None:
 
 
 def show(results: Sequence[dict[str, Any]], plots: Path | None = None) -> None:
-    """Prints the table, the ratios to the first mode, and writes the plots if ``plots`` names a directory."""
+    """Prints the table, the ratios to 16-bit weights, and writes the plots if ``plots`` names a directory."""
     print(table(results))
     for line in ratios(results):
         print(line)
@@ -64,21 +67,25 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def ratios(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Tokens per GPU-second of each mode against the first mode's, for the same clients and generation."""
+    """Each mode's tokens per GPU-second, and latency, against those of the modes with 16-bit weights ahead of it, for the
+    same clients and generation; without such modes, against the first one's.
+    """
     measured = [result for result in results if result["status"] != "failed"]
-    if not measured:
-        return []
-    base = measured[0]["mode"]
+    modes = list(dict.fromkeys(result["mode"] for result in measured))
+    bases = [mode for mode in modes if mode in DENSE] or modes[:1]
     lines = []
     for result in measured:
-        for first in measured:
-            same = all(first[key] == result[key] for key in ("clients", "generation"))
-            if first["mode"] == base and result["mode"] != base and same:
-                ratio = result["tokens_per_gpu_second"] / first["tokens_per_gpu_second"]
-                against = f"{result['mode']} tp {result['tp']} against {base} tp {first['tp']}"
+        for base in measured:
+            ahead = base["mode"] in bases and modes.index(base["mode"]) < modes.index(result["mode"])
+            if ahead and all(base[key] == result[key] for key in ("clients", "generation")):
+                ratio = result["tokens_per_gpu_second"] / base["tokens_per_gpu_second"]
+                latency = result["deepspeed_examples"]["latency"], base["deepspeed_examples"]["latency"]
+                against = f"{result['mode']} tp {result['tp']} against {base['mode']} tp {base['tp']}"
                 point = f"{result['clients']} clients, {result['generation']} tokens"
-                mark = " (partial)" if "partial" in (first["status"], result["status"]) else ""
-                lines.append(f"{against}, {point}: {ratio:.2f} x the tokens per GPU-second{mark}")
+                line = f"{against}, {point}: {ratio:.2f} x the tokens per GPU-second"
+                if None not in latency:
+                    line += f", {latency[0] / latency[1]:.2f} x the latency"
+                lines.append(line + (" (partial)" if "partial" in (base["status"], result["status"]) else ""))
     return lines
 
 

@@ -5,6 +5,9 @@ A step feeds one token to each of ``--batch`` sequences that have ``--context`` 
 own: ``upstream`` is DeepSpeed's attention, launched kernel by kernel, with 16-bit weights; ``none`` is this package's
 engine with 16-bit weights; a mode such as ``wf6af16`` also has this package's linear layers.
 
+Steps follow one another as when text is generated: each takes the tokens that the one before chose, and is started before
+the host has read them (``DS_FP6_LOOKAHEAD=0``: after). The time of a step is that between two readings.
+
     floor = max(weights of the linear layers / bandwidth, their operations / peak)
             + (KV cache that attention reads + LM head + logits) / bandwidth
 
@@ -32,7 +35,9 @@ from ds_fp6.formats import Mode
 
 UPSTREAM, UNQUANTIZED = "upstream", "none"
 #: What turns this package's parts of the engine off, all but repairs.
-UPSTREAM_ENVIRONMENT = {"DS_FP6_ATTENTION": "upstream", "DS_FP6_POINTWISE": "upstream", "DS_FP6_CUDA_GRAPHS": "0"}
+UPSTREAM_ENVIRONMENT = {
+    "DS_FP6_ATTENTION": "upstream", "DS_FP6_POINTWISE": "upstream", "DS_FP6_CUDA_GRAPHS": "0", "DS_FP6_LOOKAHEAD": "0",
+}  # fmt: skip
 
 #: Steps before the clock starts, steps that are timed, and steps that are profiled after them.
 WARM_UP, TIMED, PROFILED = 4, 20, 3
@@ -100,7 +105,7 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-2-70b", choices=sorted(models.CONFIGS))
-    parser.add_argument("--batch", type=int, default=1, help="sequences that get one token each; default %(default)s")
+    parser.add_argument("--batch", type=int, default=1, help="sequences that get one token each, 0 with --prompt; default %(default)s")
     parser.add_argument("--context", type=int, default=128, help="tokens of each in the cache; default %(default)s")
     parser.add_argument("--prompt", type=int, default=0, help="tokens of one more sequence's prompt; default none")
     parser.add_argument("--tp", type=int, default=1, help="GPUs that share the model")
@@ -122,6 +127,9 @@ def run(args: argparse.Namespace) -> int:
         print("step: torch sees no NVIDIA GPU", file=sys.stderr)
         return 2
     engines = args.engines.split(",")
+    if args.batch < 0 or not args.batch + args.prompt:
+        print(f"step: a step needs sequences or a prompt, got batch {args.batch}", file=sys.stderr)
+        return 2
     bits = {engine: _bits(engine) for engine in engines}
     ceilings = measure_ceilings(torch.float16)
     torch.cuda.empty_cache()
@@ -216,7 +224,8 @@ def _measure_apart(args: argparse.Namespace, shape: Shape, engine: str) -> dict 
 
 def _measure_here(shape: Shape, engine_name: str, path: Path) -> int:
     # DeepSpeed is imported after the arguments have been read.
-    from ds_fp6.integrations.engine import build_engine, fill_cache, step
+    from ds_fp6.integrations.engine import build_engine, fill_cache, greedy_steps
+    from ds_fp6.integrations.mii import lookahead
 
     mode = None if engine_name in (UPSTREAM, UNQUANTIZED) else engine_name
     longest = max(shape.context + WARM_UP + TIMED + PROFILED + 1, shape.prompt)
@@ -231,22 +240,19 @@ def _measure_here(shape: Shape, engine_name: str, path: Path) -> int:
     fill_cache(engine, dict.fromkeys(range(shape.batch), shape.context))
     vocabulary = engine.model().vocab_size
     tokens = {uid: torch.randint(vocabulary, (1,)) for uid in range(shape.batch)}
-    if shape.prompt:
-        tokens[shape.batch] = torch.randint(vocabulary, (shape.prompt,))
+    prompt = torch.randint(vocabulary, (shape.prompt,)) if shape.prompt else None
+    steps = greedy_steps(engine, tokens, prompt, lookahead.chosen(cpu=False)[0])
 
-    def one_step() -> float:
-        start = time.perf_counter()
-        # Reading the chosen tokens ends the step, as it does when text is generated.
-        step(engine, tokens).argmax(dim=-1).cpu()
-        taken = time.perf_counter() - start
-        if shape.prompt:
-            engine.flush(shape.batch)
-        return taken
+    def read(count: int) -> list[float]:
+        times = [time.perf_counter()]
+        for _ in range(count):
+            next(steps)
+            times.append(time.perf_counter())
+        return [end - begin for begin, end in zip(times, times[1:])]
 
-    for _ in range(WARM_UP):
-        one_step()
-    wall = statistics.median(one_step() for _ in range(TIMED))
-    kernels = kernel_times.profile(lambda: [one_step() for _ in range(PROFILED)])
+    read(WARM_UP)
+    wall = statistics.median(read(TIMED))
+    kernels = kernel_times.profile(lambda: read(PROFILED))
     classes = {kind: seconds / PROFILED for kind, seconds in kernel_times.seconds_by_class(kernels).items()}
     if int(os.environ.get("RANK", 0)) == 0:
         figures = {"wall": wall, "classes": classes, "busy": kernel_times.busy_seconds(kernels) / PROFILED}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 
 from ds_fp6.integrations import deepspeed as deepspeed_hooks
 from ds_fp6.integrations import load_format as formats
+from ds_fp6.integrations.deepspeed.batch import fed
+from ds_fp6.integrations.mii.handover import Reading
 
 
 def build_engine(
@@ -58,6 +60,33 @@ def fill_cache(engine: InferenceEngineV2, contexts: dict[int, int]) -> None:
         engine.model().maybe_allocate_kv(sequence, tokens)
         sequence.pre_forward(tokens)
         sequence.post_forward()
+
+
+def greedy_steps(
+    engine: InferenceEngineV2, tokens: dict[int, torch.Tensor], prompt: torch.Tensor | None = None, ahead: bool = False
+) -> Iterator[torch.Tensor]:
+    """Steps without end, each with the tokens int64 [sequences] that the one before chose; yields them on the host.
+
+    Args:
+        tokens: the first step's, one by sequence id, of sequences that are in the cache.
+        prompt: tokens of one more sequence that each step begins anew; what it chooses comes last and is dropped.
+        ahead: whether a step is started before the one before has been read, as the generation loop does with
+            lookahead.
+    """
+    uids, fresh = list(tokens), max(tokens, default=-1) + 1
+    batch = {**tokens, **({} if prompt is None else {fresh: prompt})}
+    chosen = unread = None
+    while True:
+        with fed(engine, (slice(len(uids)), chosen[: len(uids)]) if chosen is not None and uids else None):
+            chosen = step(engine, batch).argmax(dim=-1)
+        if prompt is not None:
+            engine.flush(fresh)
+        reading = Reading(chosen)
+        if not ahead:
+            yield reading.get()
+        elif unread is not None:
+            yield unread.get()
+        unread = reading
 
 
 def generate(

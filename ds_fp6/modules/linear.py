@@ -42,6 +42,8 @@ class QuantizedLinear(DSLinearBase):
         self._out_channels = config.out_channels * (2 if self._gated else 1)
         self._dtype: torch.dtype = config.output_dtype
         self._device = torch.device(get_accelerator().current_device())
+        #: Whether a gate may be part of the matrix product, where the kernel has it.
+        self._may_fuse = self._gated and self._device.type == "cuda" and implementation_config.get("fuses_gates", True)
         #: fp32 [out, 1], set while a shard of a row-parallel weight is transformed: the scales of its full rows.
         self.row_scales: torch.Tensor | None = None
         if self._gated:
@@ -69,10 +71,13 @@ class QuantizedLinear(DSLinearBase):
         """[..., in] → [..., out]; ``w`` and ``b`` are what ``transform_param`` returned."""
         fmt = self.mode.format
         bias = None if b is None else b.as_subclass(torch.Tensor)
-        y = ops.linear(
+        arguments = (
             hidden_states, w.as_subclass(torch.Tensor), w.scales, bias,
             fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size,
         )  # fmt: skip
+        if self._may_fuse and self._has_gates(hidden_states.shape[:-1].numel()):
+            return ops.gated_linear(*arguments, self._activation.act_fn.value)
+        y = ops.linear(*arguments)
         if self._gated:
             out = y.new_empty((*y.shape[:-1], self._config.out_channels))
             self._activation(out, y)
@@ -80,6 +85,15 @@ class QuantizedLinear(DSLinearBase):
         if self._activation is not None:
             self._activation(y)
         return y
+
+    def _has_gates(self, rows: int) -> bool:
+        """Whether the CUDA kernel for so many rows applies gates itself."""
+        fmt = self.mode.format
+        name = ops.cuda_kernel_name(
+            rows, self._out_channels, self._config.in_channels,
+            fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size, self._device,
+        )  # fmt: skip
+        return name == "sm90"
 
     @property
     def output(self) -> torch.Tensor:

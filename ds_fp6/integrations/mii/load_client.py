@@ -35,6 +35,7 @@ def served(
     state_manager: dict[str, Any] | None = None,
     log: str | Path | None = None,
     start_limit: float = 600.0,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[int]:
     """``mii.serve`` on free ports; the port of its load balancer. All of its processes are gone afterwards,
     and soon after this process, however it ends.
@@ -44,6 +45,7 @@ def served(
         state_manager: fields of DeepSpeed's ``DSStateManagerConfig``.
         log: a file that takes what the server's processes print.
         start_limit: seconds within which it must have started.
+        environment: variables that its processes get besides this one's.
 
     Raises ``ServerFailed`` with the reason where it does not start.
     """
@@ -60,7 +62,7 @@ def served(
         variables = {server.LOG: log and str(log), server.START_LIMIT: str(start_limit)}
         variables[guard.OWNER_VARIABLE] = str(os.getpid())
         try:
-            with _environment(**variables):
+            with _environment(**variables, **(environment or {})):
                 mii.serve(
                     str(model), deployment_name=name, quantization_mode=mode, tensor_parallel=tensor_parallel,
                     load_format=load_format, inference_engine_config={"state_manager": state_manager or {}},

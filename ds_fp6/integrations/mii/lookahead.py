@@ -20,27 +20,34 @@ from dataclasses import dataclass
 
 import torch
 
+from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.deepspeed.batch import fed, to_device
 from ds_fp6.integrations.mii.handover import Reading, ends_by_length
 
-#: ``1`` or ``0``; unset is 0.
+#: ``1`` or ``0``; unset is 1 on a GPU.
 VARIABLE = "DS_FP6_LOOKAHEAD"
 
 #: Stands in for a token that is not known on the host yet.
 _UNKNOWN = torch.zeros(1, dtype=torch.int64)
 
 
-def chosen() -> tuple[bool, str]:
-    """Whether steps are started ahead of their tokens, and why. Raises ``ValueError`` for another value."""
+def chosen(cpu: bool) -> tuple[bool, str]:
+    """Whether steps are started ahead of their tokens, and why. ``cpu``: whether the engine runs on a CPU, where
+    nothing runs beside the host and a token would only come later.
+
+    Raises ``ValueError`` for another value of the variable.
+    """
     text = os.environ.get(VARIABLE, "").strip()
     if text not in ("", "0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {text!r}")
-    return text == "1", f"{VARIABLE}={text}" if text else "default"
+    if text:
+        return text == "1", f"{VARIABLE}={text}"
+    return not cpu, "the engine runs on a CPU" if cpu else "default on a GPU"
 
 
 def agreed(engine) -> bool:
     """What was chosen. Raises ``ValueError`` in every rank where ranks chose differently."""
-    group, use = engine._base_mp_group, chosen()[0]
+    group, use = engine._base_mp_group, chosen(on_cpu())[0]
     if torch.distributed.get_world_size(group=group) > 1:
         choices = [use] * torch.distributed.get_world_size(group=group)
         torch.distributed.all_gather_object(choices, use, group=group)

@@ -84,7 +84,7 @@ class Reading:
 
 
 def _pipeline(engine, tokenizer, model_config, loop: str, device: Device):
-    """A pipeline whose model is played by ``device``. ``loop``: "upstream", MII's own, "default" or "lookahead"."""
+    """A pipeline whose model is played by ``device``. ``loop``: "upstream", MII's own, "plain" or "lookahead"."""
 
     class Played(MIIAsyncPipeline):
         def _read_later(self, tokens: torch.Tensor) -> Reading:

@@ -1,5 +1,6 @@
 // Compares linear_sm90, launcher and kernels, with a product in double precision: random codes, activations, scales, bias.
-// Activations in bf16 have rows of very different magnitudes, and gaps between the rows.
+// Activations in bf16 have rows of very different magnitudes, and gaps between the rows. Each problem with an even n runs
+// once more with a gate, which must make of y what double precision makes of the same y.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
 // else the n-th of kTiles).
@@ -140,6 +141,12 @@ static float magnitude_of_row(int i) {
     return kHalf ? 1.f : kMagnitudes[i % 6];
 }
 
+static double activated(Gate gate, double x) {
+    if (gate == Gate::kReglu) return x > 0 ? x : 0;
+    if (gate == Gate::kSiglu) return x / (1 + std::exp(-x));
+    return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+
 static bool check(int m, int n, int k, int group_size, int bias, int sms, int tile) {
     std::mt19937 random{static_cast<uint32_t>(m * 31 + n * 7 + k)};
     std::normal_distribution<float> normal;
@@ -191,11 +198,13 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
         return false;
     }
     const double step = kHalf ? 0x1p-11 : 0x1p-8, smallest = kHalf ? 0x1p-24 : 0x1p-133;  // of rounding y
+    const auto launch = [&] {
+        return tile == 0 ? sm90::launch<Fmt>(p, device, workspace.data(), nullptr)
+                         : kTiles[tile - 1](p, device, workspace.data(), nullptr, sm90::Split{});
+    };
     for (int turn = 0; turn < 2; ++turn) {  // the second launch finds the flags that the first one left
         std::fill(y.begin(), y.end(), Element(kPoison));
-        const cudaError_t status = tile == 0
-                                       ? sm90::launch<Fmt>(p, device, workspace.data(), nullptr)
-                                       : kTiles[tile - 1](p, device, workspace.data(), nullptr, sm90::Split{});
+        const cudaError_t status = launch();
         if (status != cudaSuccess) {
             std::printf("m %d n %d k %d group %d: %s\n", m, n, k, group_size,
                         status == cudaErrorLaunchTimeout ? "deadlock" : "launch failed");
@@ -211,6 +220,26 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
                         bias, sms, turn, i, got, i < expected.size() ? expected[i] : kPoison);
             return false;
         }
+    }
+    if (n % 2 != 0) return true;
+    constexpr Gate kGates[] = {Gate::kGeglu, Gate::kReglu, Gate::kSiglu};
+    std::vector<Element> out(size_t(m + 1) * n / 2 + 8, Element(kPoison));
+    p.gate = kGates[m % 3], p.y = out.data();
+    if (launch() != cudaSuccess) return false;
+    for (size_t i = 0; i < out.size(); ++i) {
+        const double got = static_cast<float>(out[i]);
+        double gate = kPoison, wanted = kPoison, largest = 0;
+        if (i < expected.size() / 2) {
+            gate = static_cast<float>(y[2 * i]);
+            const double up = static_cast<float>(y[2 * i + 1]);
+            wanted = activated(p.gate, gate) * up;
+            largest = std::fabs(gate * up);  // 1 + tanh cancels where the gate is negative
+        }
+        const bool overflows = std::fabs(wanted) > (kHalf ? 65504. : 3.38e38) || std::isnan(wanted);
+        if (overflows || std::fabs(got - wanted) <= std::fabs(wanted) * step * 1.01 + largest * 0x1p-20 + smallest) continue;
+        std::printf("m %d n %d k %d gate %d: y[%zu] = %g, expected %g of the gate %g\n", m, n, k, int(p.gate), i, got, wanted,
+                    gate);
+        return false;
     }
     return true;
 }
