@@ -104,7 +104,8 @@ public:
 
 private:
     static constexpr int kFirstGroupBarrier = 2;
-    static constexpr bool kScalesAhead = T::kOwnTokens <= 64;  // tiles of more have no register to spare
+    // Tiles of more tokens and three consumers have no register to spare.
+    static constexpr bool kScalesAhead = T::kOwnTokens <= 64 && T::kConsumers != 3;
 
     __device__ int first_channel(int tile) const {
         return (tile_origin(p_.schedule, tile).n * T::kPanels + group_ * T::kOwnPanels) * 64;

@@ -109,9 +109,6 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
 template <class Fmt>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
     using C = Codes<Fmt>;
-    const auto run = [&](auto tile, Split split = {}) {
-        return launch_tile<decltype(tile), C, false>(problem, device, workspace, stream, split);
-    };
     const auto run_grouped = [&](auto tile) {
         return launch_tile<decltype(tile), C, true>(problem, device, workspace, stream);
     };
@@ -120,32 +117,10 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
         if (problem.m <= 16) return run_grouped(Tile16());
         return problem.m <= 32 ? run_grouped(Tile32Grouped()) : run_grouped(Tile64());
     }
-    if (problem.m > 64) {
-        const Plan plan = plan_for_many_tokens(problem, device);
-        switch (plan.tile) {
-            case TileChoice::k96: return run(Tile96(), plan.split);
-            case TileChoice::k96Narrow: return run(Tile96Narrow(), plan.split);
-            case TileChoice::k96Cut: return run(Tile96Cut(), plan.split);
-            case TileChoice::k128Narrow: return run(Tile128Narrow(), plan.split);
-            case TileChoice::k128Cut: return run(Tile128Cut(), plan.split);
-            default: return run(Tile128(), plan.split);
-        }
-    }
-    switch (choose_tile_of_few_tokens(problem, device)) {
-        case TileChoice::k8: return run(Tile8());
-        case TileChoice::k8Wide: return run(Tile8Wide());
-        case TileChoice::k16: return run(Tile16());
-        case TileChoice::k16Wide: return run(Tile16Wide());
-        case TileChoice::k32: return run(Tile32());
-        case TileChoice::k32Cut: return run(Tile32Cut());
-        case TileChoice::k32Wide: return run(Tile32Wide());
-        case TileChoice::k48: return run(Tile48());
-        case TileChoice::k48Cut: return run(Tile48Cut());
-        case TileChoice::k48WideCut: return run(Tile48WideCut());
-        case TileChoice::k64WideCut: return run(Tile64WideCut());
-        case TileChoice::k64Cut: return run(Tile64Cut());
-        default: return run(Tile64());
-    }
+    const Plan plan = choose_plan(problem, device);
+    return with_tile(plan.tile, [&](auto tile) {
+        return launch_tile<decltype(tile), C, false>(problem, device, workspace, stream, plan.split);
+    });
 }
 
 }  // namespace sm90

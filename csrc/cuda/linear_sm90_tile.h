@@ -35,7 +35,7 @@ struct Tile {
 // Weights in flight hide the memory's latency: with 36 KB an SM 3.5 TB/s were reached, with 100 KB 4.3. A token costs the
 // L2 and the shared memory 128 bytes a block of K, so that more of them want more panels. At few tokens one panel for
 // all consumers, in turns along K, leaves 8192 channels without a cut tile on 132 SMs. Four consumers hide each other's
-// latencies better where their sums leave them registers: up to 32 tokens.
+// latencies better where their sums leave them registers: up to 32 tokens; three up to 64.
 //
 //                   panels tokens blocks stages consumers split clusterK
 using Tile8 =           Tile<1,   8,   4,    9,     2,      2,    1>;
@@ -51,7 +51,11 @@ using Tile48Cut =       Tile<2,  48,   2,    7,     2,      1,    2>;
 using Tile48WideCut =   Tile<4,  48,   2,    5,     2,      1,    2>;
 using Tile64 =          Tile<4,  64,   2,    5,     2,      1,    1>;
 using Tile64Cut =       Tile<2,  64,   2,    7,     2,      1,    2>;
+using Tile64CutDeep =   Tile<2,  64,   4,    4,     2,      1,    2>;
 using Tile64WideCut =   Tile<4,  64,   2,    5,     2,      1,    2>;
+using Tile64Three =     Tile<6,  64,   1,    7,     3,      1,    1>;
+using Tile64ThreeCut =  Tile<6,  64,   1,    7,     3,      1,    2>;
+using Tile64Thirds =    Tile<3,  64,   2,    6,     3,      1,    2>;
 using Tile96 =          Tile<4,  96,   1,    7,     2,      1,    1>;
 using Tile96Narrow =    Tile<2,  96,   2,    5,     2,      1,    1>;
 using Tile96Cut =       Tile<2,  96,   2,    5,     2,      1,    2>;

@@ -28,36 +28,16 @@ int main() {
                     LinearProblem p{};
                     p.m = m, p.n = n, p.k = k, p.groups = 1;
                     const Device device{0, 9, 0, sms, 227 * 1024};
-                    const auto check = [&](auto tile, const Split* split) {
-                        const Tiling tiling = Tiling::of<decltype(tile)>(p, device);
-                        check_split(p, device, tiling, split ? *split : tiling.cut(), decltype(tile)::kClusterK);
-                    };
-                    if (m > 64) {
-                        const Plan plan = plan_for_many_tokens(p, device);
-                        if (plan.tile == TileChoice::k128) check(Tile128(), &plan.split);
-                        else if (plan.tile == TileChoice::k128Cut) check(Tile128Cut(), &plan.split);
-                        else if (plan.tile == TileChoice::k128Narrow) check(Tile128Narrow(), &plan.split);
-                        else if (plan.tile == TileChoice::k96) check(Tile96(), &plan.split);
-                        else if (plan.tile == TileChoice::k96Cut) check(Tile96Cut(), &plan.split);
-                        else check(Tile96Narrow(), &plan.split);
-                        continue;
-                    }
-                    switch (choose_tile_of_few_tokens(p, device)) {
-                        case TileChoice::k8: check(Tile8(), nullptr); break;
-                        case TileChoice::k8Wide: check(Tile8Wide(), nullptr); break;
-                        case TileChoice::k16: check(Tile16(), nullptr); break;
-                        case TileChoice::k16Wide: check(Tile16Wide(), nullptr); break;
-                        case TileChoice::k32: check(Tile32(), nullptr); break;
-                        case TileChoice::k32Cut: check(Tile32Cut(), nullptr); break;
-                        case TileChoice::k32Wide: check(Tile32Wide(), nullptr); break;
-                        case TileChoice::k48: check(Tile48(), nullptr); break;
-                        case TileChoice::k48Cut: check(Tile48Cut(), nullptr); break;
-                        case TileChoice::k48WideCut: check(Tile48WideCut(), nullptr); break;
-                        case TileChoice::k64: check(Tile64(), nullptr); break;
-                        case TileChoice::k64Cut: check(Tile64Cut(), nullptr); break;
-                        case TileChoice::k64WideCut: check(Tile64WideCut(), nullptr); break;
-                        default: std::printf("m %d: a tile for many tokens\n", m); return 1;
-                    }
+                    const Plan plan = choose_plan(p, device);
+                    with_tile(plan.tile, [&](auto tile) {
+                        using T = decltype(tile);
+                        const Tiling tiling = Tiling::of<T>(p, device);
+                        if (m <= 64 && tiling.tiles_m != 1) {
+                            std::printf("m %d: tiles of %d tokens\n", m, T::kTokens);
+                            std::exit(1);
+                        }
+                        check_split(p, device, tiling, plan.split.workers ? plan.split : tiling.cut(), T::kClusterK);
+                    });
                 }
             }
         }
