@@ -189,7 +189,8 @@ inline Plan plan_for_many_tokens(const LinearProblem& p, const Device& device) {
     consider(TileChoice::k128, Tiling::of<Tile128>(p, device), {1.0, 0.077, 0.0});
     consider(TileChoice::k128Narrow, Tiling::of<Tile128Narrow>(p, device), {0.524, 0.038, 0.0});
     consider(TileChoice::k128Cut, Tiling::of<Tile128Cut>(p, device), {0.262, 0.019, 0.02});
-    // Tensor cores need three quarters of the time for 96 tokens, dequantization all of it.
+    if (ceil_div(p.m, 96) * 96 >= ceil_div(p.m, 128) * 128) return best;
+    // Fewer tokens that are not there. Tensor cores need three quarters of the time for 96, dequantization all of it.
     if (kTiles96) consider(TileChoice::k96, Tiling::of<Tile96>(p, device), {0.79, 0.058, 0.0});
     if (kTiles96Narrow) consider(TileChoice::k96Narrow, Tiling::of<Tile96Narrow>(p, device), {0.414, 0.029, 0.0});
     if (kTiles96Cut) consider(TileChoice::k96Cut, Tiling::of<Tile96Cut>(p, device), {0.207, 0.015, 0.016});
