@@ -83,3 +83,27 @@ def test_steps_with_nothing_read_between_them(graphs, monkeypatch):
     monkeypatch.setenv("DS_FP6_CUDA_GRAPHS", graphs)
     for hurried, waited in zip(steps(wait=False), steps(wait=True), strict=True):
         assert torch.equal(hurried, waited)
+
+
+GENERATE = """
+import json, sys
+import mii
+
+pipe = mii.pipeline(sys.argv[1], quantization_mode="wf6af16")
+assert pipe._ahead == bool(int(sys.argv[2]))
+prompts = json.load(sys.stdin)
+print(json.dumps([r.generated_text for r in pipe(prompts, max_new_tokens=64, do_sample=False)]))
+"""
+
+
+def test_text_is_the_same_with_and_without_lookahead():
+    texts = []
+    for ahead in ("0", "1"):
+        environment = {**os.environ, "DS_FP6_LOOKAHEAD": ahead, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        done = subprocess.run(
+            [sys.executable, "-c", "import ds_fp6.integrations.mii as hooks; hooks.install()\n" + GENERATE, str(MODEL), ahead],
+            input=json.dumps(PROMPTS), capture_output=True, text=True, env=environment, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        texts.append(json.loads(done.stdout.splitlines()[-1]))
+    assert texts[0] == texts[1] and all(texts[0])
