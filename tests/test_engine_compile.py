@@ -31,6 +31,6 @@ def test_kernels_fit(capability):
     assert len(found) == 12
     for kernel, usage in found.items():
         assert usage["shared"] <= SHARED[capability], kernel
-        if capability == 90 and not kernel.endswith("256"):
+        if capability == 90 and " 256" not in kernel:
             # The decode kernel's rotary embedding reduces large angles in an array of a few words.
             assert usage["stack"] <= (32 if kernel.startswith("decode") else 0), f"{kernel} spills"

@@ -16,6 +16,11 @@ from ds_fp6.triton_ops import overlap, plan
 from ds_fp6.triton_ops.rotary import rotated
 
 
+#: Scores of what is not visible: finite, so that a row that sees nothing of a tile stays a number until one that it
+#: sees outweighs it.
+_HIDDEN = tl.constexpr(-1.0e30)
+
+
 @triton.jit
 def _prefetch(
     cache, blocks, begin, end, offset, value_offset, block_stride, token_stride,
@@ -34,6 +39,102 @@ def _prefetch(
             )  # fmt: skip
 
 
+@triton.jit
+def _attend_together(
+    query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen, offset, value_offset,
+    block_stride, token_stride, scale,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Tiles ``begin`` up to ``end`` of keys, each by all warps; the last program's new key has a weight of 1 at first.
+
+    Returns weighted values [ROWS, COLUMNS], the weights' sum and the largest score [ROWS].
+    """
+    key, column = tl.arange(0, KEYS), tl.arange(0, COLUMNS)
+    maximum = tl.where(is_last, new_score, _HIDDEN)
+    # Kept a key of the tile and added up at the end: in each tile that would cost an exchange between warps.
+    weight_sums = tl.where((key == 0)[None, :] & is_last, 1.0, tl.zeros((ROWS, KEYS), tl.float32))
+    total = tl.where(is_last, new_value.to(tl.float32)[None, :], tl.zeros((ROWS, COLUMNS), tl.float32))
+    within = offset + key[:, None] * token_stride + column[None, :]
+    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
+    block = tl.load(blocks + begin * KEYS // PAGE)
+    for tile in range(begin, end):
+        start = tile * KEYS
+        tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
+        block = tl.load(blocks + tl.minimum(tile + 1, end - 1) * KEYS // PAGE)
+        # What lies behind was never written and may be NaN, or is the new key, which is being written.
+        there = (start + key < seen)[:, None] & (column < HEAD)[None, :]
+        keys = tl.load(tile_at, mask=there, other=0.0)
+        values = tl.load(tile_at + value_offset, mask=there, other=0.0)
+        score = tl.dot(query, tl.trans(keys)) * scale
+        visible = start + key < seen
+        if WINDOWED:
+            visible &= start + key >= first
+        score = tl.where(visible[None, :], score, _HIDDEN)
+        new_maximum = tl.maximum(maximum, tl.max(score, 1))
+        correction = tl.exp2(maximum - new_maximum)[:, None]
+        weight = tl.exp2(score - new_maximum[:, None])
+        weight_sums = weight_sums * correction + weight
+        total = tl.dot(weight.to(values.dtype), values, total * correction)
+        maximum = new_maximum
+    return total, tl.sum(weight_sums, 1), maximum
+
+
+@triton.jit
+def _sum_of_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[WARPS, ROWS, COLUMNS] → [ROWS, COLUMNS]; a reduction would go through shared memory element by element."""
+    x = tl.permute(x, (1, 2, 0))
+    if WARPS == 4:
+        even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2, 2)))
+        x = even + odd
+    even, odd = tl.split(x)
+    return even + odd
+
+
+@triton.jit
+def _attend_apart(
+    query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen, offset, value_offset,
+    block_stride, token_stride, scale,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """The same, but each warp has keys of its own in every tile: warps exchange nothing until the end."""
+    EACH: tl.constexpr = KEYS // WARPS
+    warp, column = tl.arange(0, WARPS), tl.arange(0, COLUMNS)
+    key = warp[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    has_new = is_last & (warp == 0)
+    maximum = tl.where(has_new[:, None], new_score[None, :], _HIDDEN)
+    weight_sums = tl.where((key == 0)[:, None, :] & is_last, 1.0, tl.zeros((WARPS, ROWS, EACH), tl.float32))
+    total = tl.where(
+        has_new[:, None, None], new_value.to(tl.float32)[None, None, :], tl.zeros((WARPS, ROWS, COLUMNS), tl.float32)
+    )  # fmt: skip
+    queries = tl.broadcast_to(query[None, :, :], (WARPS, ROWS, COLUMNS))
+    within = offset + key[:, :, None] * token_stride + column[None, None, :]
+    block = tl.load(blocks + begin * KEYS // PAGE)
+    for tile in range(begin, end):
+        start = tile * KEYS
+        tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
+        block = tl.load(blocks + tl.minimum(tile + 1, end - 1) * KEYS // PAGE)
+        there = (start + key < seen)[:, :, None] & (column < HEAD)[None, None, :]
+        keys = tl.load(tile_at, mask=there, other=0.0)
+        values = tl.load(tile_at + value_offset, mask=there, other=0.0)
+        score = tl.dot(queries, tl.permute(keys, (0, 2, 1))) * scale
+        visible = start + key < seen
+        if WINDOWED:
+            visible &= start + key >= first
+        score = tl.where(visible[:, None, :], score, _HIDDEN)
+        new_maximum = tl.maximum(maximum, tl.max(score, 2))
+        correction = tl.exp2(maximum - new_maximum)[:, :, None]
+        weight = tl.exp2(score - new_maximum[:, :, None])
+        weight_sums = weight_sums * correction + weight
+        total = tl.dot(weight.to(values.dtype), values, total * correction)
+        maximum = new_maximum
+    highest = tl.max(maximum, 0)
+    factor = tl.exp2(maximum - highest[None, :])
+    weight_sum = tl.sum(tl.sum(weight_sums, 2) * factor, 0)
+    return _sum_of_warps(total * factor[:, :, None], WARPS, ROWS, COLUMNS), weight_sum, highest
+
+
 @triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
     out,  # [n_tokens, q_heads · HEAD]
@@ -50,6 +151,7 @@ def _decode_kernel(
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
     HALF: tl.constexpr,  # pairs of a head that are rotated: channel c with channel c + HALF; 0 is no rotation
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
+    APART: tl.constexpr,  # warps that have keys of their own; 0: all share each tile
     PROGRAM_TILES: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -76,13 +178,11 @@ def _decode_kernel(
     begin = first_tile + split * tiles_each
     end = tl.minimum(begin + tiles_each, first_tile + tiles)
 
-    row, column, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, KEYS)
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = column < HEAD
     real = (row < GROUP)[:, None] & inside[None, :]
     blocks = tl.load(pointers + sequence).to(tl.pointer_type(tl.int32))
     new_block = tl.load(blocks + seen // PAGE)
-    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
-    block = tl.load(blocks + begin * KEYS // PAGE)
     if HALF > 0:
         # Channels of a pair stand HALF apart; eight neighbours have eight neighbours as their others.
         other = tl.where(column < HALF, column + HALF, column - HALF)
@@ -117,37 +217,23 @@ def _decode_kernel(
     tl.store(new_at, new_key, mask=inside & is_last)
     tl.store(new_at + kv_heads * HEAD, new_value, mask=inside & is_last)
 
-    # Sums start with the new key, whose weight is 1, or with nothing. Those of weights are kept a key of the tile and
-    # added up at the end: in a tile they would cost an exchange between warps.
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-    maximum = tl.where(is_last, new_score, float("-inf"))
-    weight_sums = tl.where((key == 0)[None, :] & is_last, 1.0, tl.zeros((ROWS, KEYS), tl.float32))
-    total = tl.where(is_last, new_value.to(tl.float32)[None, :], tl.zeros((ROWS, COLUMNS), tl.float32))
-    within = key[:, None] * token_stride + head * HEAD + column[None, :]
-    for tile in range(begin, end):
-        start = tile * KEYS
-        tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
-        block = tl.load(blocks + tl.minimum(tile + 1, end - 1) * KEYS // PAGE)
-        # What lies behind was never written and may be NaN, or is the new key, which is being written.
-        there = (start + key < seen)[:, None] & inside[None, :]
-        keys = tl.load(tile_at, mask=there, other=0.0)
-        values = tl.load(tile_at + kv_heads * HEAD, mask=there, other=0.0)
-        score = tl.dot(query, tl.trans(keys)) * scale
-        visible = start + key < seen
-        if WINDOWED:
-            visible &= start + key >= first
-        score = tl.where(visible[None, :], score, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(score, 1))
-        correction = tl.exp2(maximum - new_maximum)[:, None]
-        weight = tl.exp2(score - new_maximum[:, None])
-        weight_sums = weight_sums * correction + weight
-        total = tl.dot(weight.to(values.dtype), values, total * correction)
-        maximum = new_maximum
-    weight_sum = tl.sum(weight_sums, 1)
+    if APART:
+        total, weight_sum, maximum = _attend_apart(
+            query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen,
+            head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
+            HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED, APART,
+        )  # fmt: skip
+    else:
+        total, weight_sum, maximum = _attend_together(
+            query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen,
+            head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
+            HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED,
+        )  # fmt: skip
 
     out_at = out + token.to(tl.int64) * out_stride + head * GROUP * HEAD
     if programs == 1:
-        result = total / weight_sum[:, None]
+        result = total * (1.0 / weight_sum)[:, None]
         tl.store(out_at + row[:, None] * HEAD + column[None, :], result.to(out.dtype.element_ty), mask=real)
         return
 
@@ -207,7 +293,7 @@ def _add_up(
             factor = tl.exp2(highest - maximum)
             weight_sum += weight * factor
             total += values * factor[:, None]
-    tl.store(out_at + within, (total / weight_sum[:, None]).to(out_at.dtype.element_ty), mask=inside)
+    tl.store(out_at + within, (total * (1.0 / weight_sum)[:, None]).to(out_at.dtype.element_ty), mask=inside)
 
 
 class DecodeWorkspace:
@@ -236,7 +322,8 @@ def constants(
     return {
         "GROUP": group, "HEAD": head_size, "PAGE": page, "HALF": half, "WINDOWED": windowed, "OVERLAP": overlapped,
         "ROWS": tile.rows, "KEYS": tile.keys, "COLUMNS": columns, "PROGRAM_TILES": max(1, program_keys // tile.keys),
-        "MEMBERS": members, "PARTS": plan.parts(members, columns, tile.warps), "AHEAD": plan.PREFETCHED_KEYS,
+        "APART": tile.warps if tile.apart else 0, "MEMBERS": members,
+        "PARTS": plan.parts(members, columns, tile.warps), "AHEAD": plan.PREFETCHED_KEYS,
     }  # fmt: skip
 
 

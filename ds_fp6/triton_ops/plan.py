@@ -13,10 +13,10 @@ DECODE_PROGRAMS = 256
 #: Programs that a sequence and head may have, at most: adding up more partial results takes longer than they save.
 MAX_SPLITS = 32
 
-#: Keys that a program gets, to the nearest number of programs. On an H200 a program went through 64 keys in 0.8 µs
-#: (8192 keys in 107 µs), while any splitting at all cost 3 to 5 µs: 128 keys took 3.1 µs in one program and 6.6 µs in
-#: two.
-PROGRAM_KEYS = 256
+#: Keys that a program gets, to the nearest number of programs: to add up parts takes as long as several hundred keys.
+#: On an H200 with tiles of 64 keys that all warps shared, 8192 keys in one program took 107 µs, 13 ns each; 128 keys
+#: took 3.1 µs in one program and 6.6 µs in two, 700 keys 10.6 µs in one, 9.0 in four and 15 in eleven.
+PROGRAM_KEYS = 512
 
 #: Keys that a decode program asks the L2 cache for before it may start: enough for the pipeline's first steps.
 PREFETCHED_KEYS = 128
@@ -28,12 +28,16 @@ LONG_PROMPT = 4096
 
 @dataclass(frozen=True)
 class Tile:
-    """A kernel's tile: query rows, keys a step, warps, and stages of the pipeline that loads keys and values."""
+    """A kernel's tile: query rows, keys a step, warps, and stages of the pipeline that loads keys and values.
+
+    ``apart``: a decode step's keys are divided among the warps, each of which then needs registers for all rows.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    apart: bool = False
 
 
 def power_of_two(value: int) -> int:
@@ -44,9 +48,8 @@ def power_of_two(value: int) -> int:
 def decode_tile(head_size: int, group: int, block_size: int) -> Tile:
     """For one query a sequence; ``group``: query heads per key/value head. A step stays within one cache block."""
     rows = max(MIN_ROWS, power_of_two(group))
-    if rows == MIN_ROWS and head_size <= 128:
-        # Fewer warps exchange less in each step; more programs on a multiprocessor make up for it.
-        return Tile(rows, min(block_size, 32), warps=2, stages=4)
+    if rows == MIN_ROWS and head_size <= 128 and block_size % 64 == 0:
+        return Tile(rows, 64, warps=4, stages=4, apart=True)
     return Tile(rows, min(block_size, 64 if rows <= 32 and head_size <= 128 else 32), warps=4, stages=3)
 
 
