@@ -24,7 +24,8 @@ _STRIDES = ("q_stride", "qkv_stride", "out_stride", "block_stride", "token_strid
 _TYPES = {
     "sequences": "*i32", "pointers": "*i64", "partials": "*fp32", "maxima": "*fp32", "sums": "*fp32",
     "counters": "*i32", "frequencies": "*fp32", "scale": "fp32", "window": "i32",
-    "n_sequences": "i32", **dict.fromkeys(_STRIDES, "i32"), **dict.fromkeys(("out", "q", "qkv", "cache"), "*fp16"),
+    "n_sequences": "i32", "program_tiles": "i32", **dict.fromkeys(_STRIDES, "i32"),
+    **dict.fromkeys(("out", "q", "qkv", "cache"), "*fp16"),
 }  # fmt: skip
 
 

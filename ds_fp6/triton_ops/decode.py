@@ -33,9 +33,9 @@ def _prefetch(
     at = cache + block * block_stride + (position % PAGE) * token_stride + offset
     for start in tl.static_range(0, HEAD, LINE):
         for kind in tl.static_range(2):
+            address = (at + kind * value_offset + start).to(tl.int64)
             tl.inline_asm_elementwise(
-                "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [(at + kind * value_offset + start).to(tl.int64)],
-                dtype=tl.int32, is_pure=False, pack=1,
+                "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [address], tl.int32, is_pure=False, pack=1
             )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _attend_apart(
     return _sum_of_warps(total * factor[:, :, None], WARPS, ROWS, COLUMNS), weight_sum, highest
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "program_tiles"])
 def _decode_kernel(
     out,  # [n_tokens, q_heads · HEAD]
     qkv,  # [n_tokens, (q_heads + 2 · kv_heads) · HEAD]: queries, keys, values as the linear layer made them
@@ -148,11 +148,12 @@ def _decode_kernel(
     qkv_stride, out_stride, block_stride, token_stride,
     scale,  # softmax scale · log2(e)
     window,  # positions that a query sees, where WINDOWED
+    program_tiles,  # tiles of keys that a program gets, about
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
     HALF: tl.constexpr,  # pairs of a head that are rotated: channel c with channel c + HALF; 0 is no rotation
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
     APART: tl.constexpr,  # warps that have keys of their own; 0: all share each tile
-    PROGRAM_TILES: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    MEMBERS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -169,7 +170,7 @@ def _decode_kernel(
     first = tl.maximum(seen + 1 - window, 0) if WINDOWED else 0
     first_tile = first // KEYS
     tiles = tl.cdiv(seen, KEYS) - first_tile
-    wanted = tl.maximum(tl.minimum((tiles + PROGRAM_TILES // 2) // PROGRAM_TILES, splits), 1)
+    wanted = tl.maximum(tl.minimum((tiles + program_tiles // 2) // program_tiles, splits), 1)
     tiles_each = tl.maximum(tl.cdiv(tiles, wanted), 1)
     programs = tl.maximum(tl.cdiv(tiles, tiles_each), 1)
     if split >= programs:
@@ -314,14 +315,13 @@ class DecodeWorkspace:
 
 
 def constants(
-    group: int, head_size: int, page: int, half: int, windowed: bool, tile: plan.Tile, overlapped: bool,
-    program_keys: int = plan.PROGRAM_KEYS,
+    group: int, head_size: int, page: int, half: int, windowed: bool, tile: plan.Tile, overlapped: bool
 ) -> dict[str, int | bool]:  # fmt: skip
     """What the kernel is compiled for."""
     members, columns = plan.power_of_two(group), plan.power_of_two(head_size)
     return {
         "GROUP": group, "HEAD": head_size, "PAGE": page, "HALF": half, "WINDOWED": windowed, "OVERLAP": overlapped,
-        "ROWS": tile.rows, "KEYS": tile.keys, "COLUMNS": columns, "PROGRAM_TILES": max(1, program_keys // tile.keys),
+        "ROWS": tile.rows, "KEYS": tile.keys, "COLUMNS": columns,
         "APART": tile.warps if tile.apart else 0, "MEMBERS": members,
         "PARTS": plan.parts(members, columns, tile.warps), "AHEAD": plan.PREFETCHED_KEYS,
     }  # fmt: skip
@@ -362,7 +362,7 @@ def decode_attention(
         out, qkv, cache, frequencies, sequences, pointers,
         workspace.partials, workspace.maxima, workspace.sums, workspace.counters,
         qkv.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
-        scale * math.log2(math.e), window or 0,
-        **constants(group, head_size, page, half, bool(window), tile, overlapped, program_keys),
+        scale * math.log2(math.e), window or 0, max(1, program_keys // tile.keys),
+        **constants(group, head_size, page, half, bool(window), tile, overlapped),
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip
