@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +20,7 @@ PREFILL = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class Batch:
     """A ragged batch on a device, as FastGen lays it out; ``cache`` is one layer's."""
 
@@ -93,6 +93,48 @@ def attention(batch: Batch, scale: float, window: int | None = None) -> torch.Te
         out.append(torch.einsum("hqk,khd->qhd", weight, values).reshape(n, -1))
         first += n
     return torch.cat(out)
+
+
+def split(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of ``batch.qkv``, [n_tokens, heads, head_size] each."""
+    kv_heads, head_size = batch.cache.shape[-2:]
+    rows = batch.qkv.reshape(len(batch.qkv), -1, head_size)
+    return rows.split([batch.q_heads, kv_heads, kv_heads], 1)
+
+
+def positions(batch: Batch) -> torch.Tensor:
+    """int64 [n_tokens]: where each token stands in its sequence."""
+    return torch.cat([torch.arange(seen, seen + n) for n, seen in batch.lengths]).to(batch.qkv.device)
+
+
+def frequencies(pairs: int, device: str) -> torch.Tensor | None:
+    """fp32 [pairs], as LLaMA's; None for no pairs."""
+    return (1e4 ** -(torch.arange(pairs) / pairs)).float().to(device) if pairs else None
+
+
+def rotated(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor | None) -> torch.Tensor:
+    """[n, heads, size] rotated by halves, in fp32, rounded once."""
+    if frequencies is None:
+        return x
+    half = len(frequencies)
+    angles = positions.float().unsqueeze(1) * frequencies
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    a, b, kept = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, kept], dim=-1).to(x.dtype)
+
+
+def after(batch: Batch, frequencies: torch.Tensor | None, singles: bool) -> Batch:
+    """The batch once q is rotated and its keys and values are in the cache, for ``singles`` or for all others."""
+    q, k, v = split(batch)
+    at = positions(batch)
+    counts = torch.tensor([n for n, _ in batch.lengths], device=at.device)[batch.tokens.long()]
+    ours = (counts == 1) == singles
+    block_size = batch.cache.shape[1]
+    qkv = torch.cat([rotated(q, at, frequencies), rotated(k, at, frequencies), v], 1)
+    cache = batch.cache.clone()
+    blocks, places = batch.block_lists[batch.tokens.long(), at // block_size].long()[ours], (at % block_size)[ours]
+    cache[blocks, places, 0], cache[blocks, places, 1] = rotated(k, at, frequencies)[ours], v[ours]
+    return dataclasses.replace(batch, qkv=qkv.reshape(len(qkv), -1), cache=cache)
 
 
 #: Largest error allowed, relative to the largest value: a few roundings of the weights and of the result.

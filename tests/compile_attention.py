@@ -20,11 +20,12 @@ from ds_fp6.triton_ops import decode, plan, prefill
 
 #: query heads per key/value head, head size, tokens in a cache block
 SHAPES = [(8, 128, 64), (1, 64, 128), (4, 80, 64), (1, 256, 64)]
-_STRIDES = ("q_stride", "out_stride", "block_stride", "token_stride")
+_STRIDES = ("q_stride", "qkv_stride", "out_stride", "block_stride", "token_stride")
 _TYPES = {
     "sequences": "*i32", "pointers": "*i64", "partials": "*fp32", "maxima": "*fp32", "sums": "*fp32",
-    "counters": "*i32", "scale": "fp32", "window": "i32", "n_sequences": "i32", **dict.fromkeys(_STRIDES, "i32"),
-    **dict.fromkeys(("out", "q", "cache"), "*fp16"),
+    "counters": "*i32", "frequencies": "*fp32", "scale": "fp32", "window": "i32",
+    "n_sequences": "i32", "program_tiles": "i32", **dict.fromkeys(_STRIDES, "i32"),
+    **dict.fromkeys(("out", "q", "qkv", "cache"), "*fp16"),
 }  # fmt: skip
 
 
@@ -51,21 +52,19 @@ def usage(kernel, constants: dict, tile: plan.Tile, capability: int) -> dict[str
 def main() -> None:
     capability, found = int(sys.argv[1]), {}
     for group, head, page in SHAPES:
-        common = {
-            "GROUP": group, "HEAD": head, "PAGE": page, "COLUMNS": plan.power_of_two(head), "WINDOWED": False,
-            "OVERLAP": capability >= 90,
-        }  # fmt: skip
+        overlapped = capability >= 90
         tile = plan.decode_tile(head, group, page)
-        members = plan.power_of_two(group)
-        parts = plan.parts(members, plan.power_of_two(head))
-        constants = {**common, "ROWS": tile.rows, "KEYS": tile.keys, "MEMBERS": members, "PARTS": parts}
+        constants = decode.constants(group, head, page, head // 2, False, tile, overlapped)
         found[f"decode {group} {head}"] = usage(decode._decode_kernel, constants, tile, capability)
-        tile = plan.prefill_tile(head, group, page)
-        constants = {
-            **common, "ROWS": tile.rows, "KEYS": tile.keys, "QUERIES": tile.rows // group, "SEQUENCES": 64,
-            "SINGLES": True,
-        }  # fmt: skip
-        found[f"prefill {group} {head}"] = usage(prefill._prefill_kernel, constants, tile, capability)
+        for long in (False, True):
+            tile = plan.prefill_tile(head, group, page, long)
+            constants = {
+                "GROUP": group, "HEAD": head, "PAGE": page, "COLUMNS": plan.power_of_two(head), "WINDOWED": False,
+                "OVERLAP": overlapped, "ROWS": tile.rows, "KEYS": tile.keys, "QUERIES": tile.rows // group,
+                "SEQUENCES": 64,
+            }  # fmt: skip
+            name = f"prefill {group} {head}" + " long" * long
+            found[name] = usage(prefill._prefill_kernel, constants, tile, capability)
     json.dump(found, sys.stdout)
 
 

@@ -28,8 +28,9 @@ def test_kernels_fit(capability):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) == 8
+    assert len(found) == 12
     for kernel, usage in found.items():
         assert usage["shared"] <= SHARED[capability], kernel
-        if capability == 90 and not kernel.endswith("256"):
-            assert usage["stack"] == 0, f"{kernel} spills"
+        if capability == 90 and " 256" not in kernel:
+            # The decode kernel's rotary embedding reduces large angles in an array of a few words.
+            assert usage["stack"] <= (32 if kernel.startswith("decode") else 0), f"{kernel} spills"

@@ -11,16 +11,16 @@ from deepspeed.inference.v2.modules.configs import DSSelfAttentionConfig, Maskin
 from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionBase, DSSelfAttentionRegistry
 from deepspeed.inference.v2.ragged import RaggedBatchWrapper
 
-from ds_fp6.triton_ops import limits
+from ds_fp6.triton_ops import limits, plan
 
 
 @DSSelfAttentionRegistry.register_module
 class TritonAttention(DSSelfAttentionBase):
-    """Rotary embedding, cache writes and causal attention over the blocked cache, in two or three launches.
+    """Rotary embedding, cache writes and causal attention over the blocked cache.
 
-    Sequences with one new token are spread over the length of their cache, all others go to a kernel that takes
-    many queries at a time. Nothing but the shapes of tensors decides what is launched, and for a batch with one
-    token a sequence these depend on the number of sequences alone: such a step can be captured and replayed.
+    Sequences with one new token take one launch for all of it, spread over the length of their cache. All others
+    take two: rotary embedding and cache writes, then a kernel for many queries at a time. For a batch with one token
+    a sequence the number of sequences alone decides what is launched: such a step can be captured and replayed.
     """
 
     @staticmethod
@@ -48,7 +48,9 @@ class TritonAttention(DSSelfAttentionBase):
         )  # fmt: skip
         group = config.n_heads_q // config.n_heads_kv
         self._workspace = DecodeWorkspace(config.max_sequences, config.n_heads_kv, group, config.head_size, device)
-        self._has_single, self._has_several = True, True
+        #: Mean positions of a batch's prompts from which on they are taken for long ones.
+        self.long_prompt = plan.LONG_PROMPT
+        self._has_single, self._has_several, self._is_long = True, True, False
 
     @property
     def kv_block_size(self) -> int:
@@ -61,10 +63,12 @@ class TritonAttention(DSSelfAttentionBase):
         return 128
 
     def build_atoms(self, ragged_batch: RaggedBatchWrapper) -> None:
-        """Notes which of the kernels the batch needs. There are no atoms to copy."""
-        counts = ragged_batch.inflight_seq_descriptors(on_device=False)[: ragged_batch.current_sequences, 1]
-        single = int((counts == 1).sum())
-        self._has_single, self._has_several = single > 0, single < len(counts)
+        """Notes which of the kernels the batch needs, and for which lengths. There are no atoms to copy."""
+        descriptors = ragged_batch.inflight_seq_descriptors(on_device=False)[: ragged_batch.current_sequences]
+        several = descriptors[descriptors[:, 1] > 1]
+        self._has_single, self._has_several = len(several) < len(descriptors), len(several) > 0
+        positions = int(several[:, 1:3].sum())
+        self._is_long = self._has_several and positions >= self.long_prompt * len(several)
 
     def forward(
         self, q_k_v: torch.Tensor, kv_cache: torch.Tensor, batch: RaggedBatchWrapper,
@@ -82,19 +86,20 @@ class TritonAttention(DSSelfAttentionBase):
         config = self._config
         sequences, pointers = batch.inflight_seq_descriptors(), batch.kv_ptrs()
         frequencies = self.frequencies if inv_freqs is None else inv_freqs
-        rotate_and_store(
-            q_k_v, kv_cache, frequencies, batch.batch_metadata_buffer(), sequences, batch.tokens_to_seq(), pointers
-        )
-        q = q_k_v[:, : config.n_heads_q * config.head_size]
-        out = self._output[: len(q)]
+        out = self._output[: len(q_k_v)]
         if self._has_single:
             decode_attention(
-                out, q, kv_cache, sequences, pointers, self.softmax_scale, self.window, self._workspace
+                out, q_k_v, kv_cache, frequencies, sequences, pointers,
+                self.softmax_scale, self.window, self._workspace,
             )  # fmt: skip
         if self._has_several:
+            rotate_and_store(
+                q_k_v, kv_cache, frequencies,
+                batch.batch_metadata_buffer(), sequences, batch.tokens_to_seq(), pointers,
+            )  # fmt: skip
             prefill_attention(
-                out, q, kv_cache, sequences, pointers, self.softmax_scale, self.window,
-                singles=not self._has_single, most_sequences=config.max_sequences,
+                out, q_k_v[:, : config.n_heads_q * config.head_size], kv_cache, sequences, pointers,
+                self.softmax_scale, self.window, config.max_sequences, self._is_long,
             )  # fmt: skip
         return out
 

@@ -1,4 +1,7 @@
-"""Attention of one query a sequence, spread over the keys (flash-decoding), in one launch."""
+"""A decode step's attention in one launch: rotary embedding, cache write, and attention of one query a sequence.
+
+The keys of a sequence are spread over several programs (flash-decoding), the last of which to finish adds up.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,147 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ds_fp6.triton_ops import overlap, plan
+from ds_fp6.triton_ops.rotary import rotated
 
 
-@triton.jit(do_not_specialize=["window"])
+#: Scores of what is not visible: finite, so that a row that sees nothing of a tile stays a number until one that it
+#: sees outweighs it.
+_HIDDEN = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _prefetch(
+    cache, blocks, begin, end, offset, value_offset, block_stride, token_stride,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Asks the L2 cache for the first AHEAD of the keys and values at positions ``begin`` up to ``end``."""
+    LINE: tl.constexpr = 128 // 2
+    position = tl.minimum(begin + tl.arange(0, AHEAD), end - 1)
+    block = tl.load(blocks + position // PAGE).to(tl.int64)
+    at = cache + block * block_stride + (position % PAGE) * token_stride + offset
+    for start in tl.static_range(0, HEAD, LINE):
+        for kind in tl.static_range(2):
+            address = (at + kind * value_offset + start).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [address], tl.int32, is_pure=False, pack=1
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend_together(
+    query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen, offset, value_offset,
+    block_stride, token_stride, scale,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Tiles ``begin`` up to ``end`` of keys, each by all warps; the last program's new key has a weight of 1 at first.
+
+    Returns weighted values [ROWS, COLUMNS], the weights' sum and the largest score [ROWS].
+    """
+    key, column = tl.arange(0, KEYS), tl.arange(0, COLUMNS)
+    maximum = tl.where(is_last, new_score, _HIDDEN)
+    # Kept a key of the tile and added up at the end: in each tile that would cost an exchange between warps.
+    weight_sums = tl.where((key == 0)[None, :] & is_last, 1.0, tl.zeros((ROWS, KEYS), tl.float32))
+    total = tl.where(is_last, new_value.to(tl.float32)[None, :], tl.zeros((ROWS, COLUMNS), tl.float32))
+    within = offset + key[:, None] * token_stride + column[None, :]
+    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
+    block = tl.load(blocks + begin * KEYS // PAGE)
+    for tile in range(begin, end):
+        start = tile * KEYS
+        tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
+        block = tl.load(blocks + tl.minimum(tile + 1, end - 1) * KEYS // PAGE)
+        # What lies behind was never written and may be NaN, or is the new key, which is being written.
+        there = (start + key < seen)[:, None] & (column < HEAD)[None, :]
+        keys = tl.load(tile_at, mask=there, other=0.0)
+        values = tl.load(tile_at + value_offset, mask=there, other=0.0)
+        score = tl.dot(query, tl.trans(keys)) * scale
+        visible = start + key < seen
+        if WINDOWED:
+            visible &= start + key >= first
+        score = tl.where(visible[None, :], score, _HIDDEN)
+        new_maximum = tl.maximum(maximum, tl.max(score, 1))
+        correction = tl.exp2(maximum - new_maximum)[:, None]
+        weight = tl.exp2(score - new_maximum[:, None])
+        weight_sums = weight_sums * correction + weight
+        total = tl.dot(weight.to(values.dtype), values, total * correction)
+        maximum = new_maximum
+    return total, tl.sum(weight_sums, 1), maximum
+
+
+@triton.jit
+def _sum_of_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[WARPS, ROWS, COLUMNS] → [ROWS, COLUMNS]; a reduction would go through shared memory element by element."""
+    x = tl.permute(x, (1, 2, 0))
+    if WARPS == 4:
+        even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2, 2)))
+        x = even + odd
+    even, odd = tl.split(x)
+    return even + odd
+
+
+@triton.jit
+def _attend_apart(
+    query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen, offset, value_offset,
+    block_stride, token_stride, scale,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """The same, but each warp has keys of its own in every tile: warps exchange nothing until the end."""
+    EACH: tl.constexpr = KEYS // WARPS
+    warp, column = tl.arange(0, WARPS), tl.arange(0, COLUMNS)
+    key = warp[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    has_new = is_last & (warp == 0)
+    maximum = tl.where(has_new[:, None], new_score[None, :], _HIDDEN)
+    weight_sums = tl.where((key == 0)[:, None, :] & is_last, 1.0, tl.zeros((WARPS, ROWS, EACH), tl.float32))
+    total = tl.where(
+        has_new[:, None, None], new_value.to(tl.float32)[None, None, :], tl.zeros((WARPS, ROWS, COLUMNS), tl.float32)
+    )  # fmt: skip
+    queries = tl.broadcast_to(query[None, :, :], (WARPS, ROWS, COLUMNS))
+    within = offset + key[:, :, None] * token_stride + column[None, None, :]
+    block = tl.load(blocks + begin * KEYS // PAGE)
+    for tile in range(begin, end):
+        start = tile * KEYS
+        tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
+        block = tl.load(blocks + tl.minimum(tile + 1, end - 1) * KEYS // PAGE)
+        there = (start + key < seen)[:, :, None] & (column < HEAD)[None, None, :]
+        keys = tl.load(tile_at, mask=there, other=0.0)
+        values = tl.load(tile_at + value_offset, mask=there, other=0.0)
+        score = tl.dot(queries, tl.permute(keys, (0, 2, 1))) * scale
+        visible = start + key < seen
+        if WINDOWED:
+            visible &= start + key >= first
+        score = tl.where(visible[:, None, :], score, _HIDDEN)
+        new_maximum = tl.maximum(maximum, tl.max(score, 2))
+        correction = tl.exp2(maximum - new_maximum)[:, :, None]
+        weight = tl.exp2(score - new_maximum[:, :, None])
+        weight_sums = weight_sums * correction + weight
+        total = tl.dot(weight.to(values.dtype), values, total * correction)
+        maximum = new_maximum
+    highest = tl.max(maximum, 0)
+    factor = tl.exp2(maximum - highest[None, :])
+    weight_sum = tl.sum(tl.sum(weight_sums, 2) * factor, 0)
+    return _sum_of_warps(total * factor[:, :, None], WARPS, ROWS, COLUMNS), weight_sum, highest
+
+
+@triton.jit(do_not_specialize=["window", "program_tiles"])
 def _decode_kernel(
-    out, q, cache,  # [n_tokens, q_heads · HEAD] twice, the second strided; one layer's cache
+    out,  # [n_tokens, q_heads · HEAD]
+    qkv,  # [n_tokens, (q_heads + 2 · kv_heads) · HEAD]: queries, keys, values as the linear layer made them
+    cache,  # one layer's; gets the keys, rotated, and the values
+    frequencies,  # fp32 [HALF]: a pair's angle at position 1
     sequences, pointers,  # the ragged batch's
     partials,  # fp32 [n_seqs, kv_heads, splits, GROUP, HEAD]: sums of weighted values
     maxima, sums,  # fp32 [n_seqs, kv_heads, splits, GROUP]: of the scores (base 2) and of their weights
     counters,  # int32 [n_seqs, kv_heads]: programs that have finished; zero before and after
-    q_stride, out_stride, block_stride, token_stride,
+    qkv_stride, out_stride, block_stride, token_stride,
     scale,  # softmax scale · log2(e)
     window,  # positions that a query sees, where WINDOWED
+    program_tiles,  # tiles of keys that a program gets, about
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
+    HALF: tl.constexpr,  # pairs of a head that are rotated: channel c with channel c + HALF; 0 is no rotation
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
-    MEMBERS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    APART: tl.constexpr,  # warps that have keys of their own; 0: all share each tile
+    MEMBERS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -33,101 +162,139 @@ def _decode_kernel(
     sequence = tl.program_id(2)
     token = tl.load(sequences + sequence * 4)
     queries = tl.load(sequences + sequence * 4 + 1)
-    length = tl.load(sequences + sequence * 4 + 2) + 1
+    seen = tl.load(sequences + sequence * 4 + 2)
     if queries != 1:
         return
 
-    # This program's tiles of keys.
-    first = tl.maximum(length - window, 0) if WINDOWED else 0
+    # This program's tiles of the keys that earlier steps have left. The last program takes the new one too.
+    first = tl.maximum(seen + 1 - window, 0) if WINDOWED else 0
     first_tile = first // KEYS
-    tiles = tl.cdiv(length, KEYS) - first_tile
-    tiles_each = tl.cdiv(tiles, splits)
-    programs = tl.cdiv(tiles, tiles_each)
+    tiles = tl.cdiv(seen, KEYS) - first_tile
+    wanted = tl.maximum(tl.minimum((tiles + program_tiles // 2) // program_tiles, splits), 1)
+    tiles_each = tl.maximum(tl.cdiv(tiles, wanted), 1)
+    programs = tl.maximum(tl.cdiv(tiles, tiles_each), 1)
     if split >= programs:
         return
+    is_last = split == programs - 1
     begin = first_tile + split * tiles_each
     end = tl.minimum(begin + tiles_each, first_tile + tiles)
 
-    row, column, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, KEYS)
-    real = (row < GROUP)[:, None] & (column < HEAD)[None, :]
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = column < HEAD
+    real = (row < GROUP)[:, None] & inside[None, :]
     blocks = tl.load(pointers + sequence).to(tl.pointer_type(tl.int32))
-    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
-    block = tl.load(blocks + begin * KEYS // PAGE)
+    new_block = tl.load(blocks + seen // PAGE)
+    if HALF > 0:
+        # Channels of a pair stand HALF apart; eight neighbours have eight neighbours as their others.
+        other = tl.where(column < HALF, column + HALF, column - HALF)
+        if HALF % 8 == 0:
+            other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
+        turns = column < 2 * HALF
+        pair = tl.where(column < HALF, column, column - HALF)
+        angle = seen.to(tl.float32) * tl.load(frequencies + pair, mask=turns, other=0.0)
+        cosine, sine = tl.cos(angle), tl.sin(angle)
+        sine = tl.where(column < HALF, -sine, sine)
+        row_cosine, row_sine = cosine[None, :], sine[None, :]
     if OVERLAP:
+        if end > begin:
+            _prefetch(
+                cache, blocks, begin * KEYS, tl.minimum(end * KEYS, seen), head * HEAD, kv_heads * HEAD,
+                block_stride, token_stride, HEAD, PAGE, AHEAD,
+            )  # fmt: skip
         gdc_wait()
-    q_at = q + token.to(tl.int64) * q_stride + (head * GROUP + row)[:, None] * HEAD + column[None, :]
-    query = tl.load(q_at, mask=real, other=0.0)
-    within = key[:, None] * token_stride + head * HEAD + column[None, :]
 
-    maximum = tl.full((ROWS,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tile in range(begin, end):
-        start = tile * KEYS
-        tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
-        block = tl.load(blocks + tl.minimum(tile + 1, end - 1) * KEYS // PAGE)
-        # What lies behind the sequence's end was never written and may be NaN.
-        there = (start + key < length)[:, None] & (column < HEAD)[None, :]
-        keys = tl.load(tile_at, mask=there, other=0.0)
-        values = tl.load(tile_at + kv_heads * HEAD, mask=there, other=0.0)
-        score = tl.dot(query, tl.trans(keys)) * scale
-        visible = start + key < length
-        if WINDOWED:
-            visible &= start + key >= first
-        score = tl.where(visible[None, :], score, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(score, 1))
-        correction = tl.exp2(maximum - new_maximum)
-        weight = tl.exp2(score - new_maximum[:, None])
-        weight_sum = weight_sum * correction + tl.sum(weight, 1)
-        total = tl.dot(weight.to(values.dtype), values, total * correction[:, None])
-        maximum = new_maximum
+    # What this step has made: the group's queries, a key and a value.
+    q_at = qkv + token.to(tl.int64) * qkv_stride + head * GROUP * HEAD + row[:, None] * HEAD
+    k_at = qkv + token.to(tl.int64) * qkv_stride + (kv_heads * GROUP + head) * HEAD
+    query = tl.load(q_at + column[None, :], mask=real, other=0.0)
+    new_key = tl.load(k_at + column, mask=inside, other=0.0)
+    new_value = tl.load(k_at + kv_heads * HEAD + column, mask=inside, other=0.0)
+    if HALF > 0:
+        other_query = tl.load(q_at + other[None, :], mask=real & turns[None, :], other=0.0)
+        other_key = tl.load(k_at + other, mask=turns, other=0.0)
+        query = rotated(query, other_query, row_cosine, row_sine)
+        new_key = rotated(new_key, other_key, cosine, sine)
+    new_at = cache + new_block.to(tl.int64) * block_stride + (seen % PAGE) * token_stride + head * HEAD + column
+    tl.store(new_at, new_key, mask=inside & is_last)
+    tl.store(new_at + kv_heads * HEAD, new_value, mask=inside & is_last)
+
+    new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+    if APART:
+        total, weight_sum, maximum = _attend_apart(
+            query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen,
+            head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
+            HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED, APART,
+        )  # fmt: skip
+    else:
+        total, weight_sum, maximum = _attend_together(
+            query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen,
+            head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
+            HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED,
+        )  # fmt: skip
 
     out_at = out + token.to(tl.int64) * out_stride + head * GROUP * HEAD
     if programs == 1:
-        result = total / weight_sum[:, None]
+        result = total * (1.0 / weight_sum)[:, None]
         tl.store(out_at + row[:, None] * HEAD + column[None, :], result.to(out.dtype.element_ty), mask=real)
         return
 
-    pair = sequence * kv_heads + head
-    mine = (pair * splits + split) * GROUP
+    group = sequence * kv_heads + head
+    mine = (group * splits + split) * GROUP
     tl.store(partials + (mine + row)[:, None] * HEAD + column[None, :], total, mask=real)
     tl.store(maxima + mine + row, maximum, mask=row < GROUP)
     tl.store(sums + mine + row, weight_sum, mask=row < GROUP)
     # All threads' stores come before the count, which publishes them.
     tl.debug_barrier()
-    finished = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
-    if finished != programs - 1:
-        return
+    finished = tl.atomic_add(counters + group, 1, sem="acq_rel", scope="gpu")
+    if finished == programs - 1:
+        tl.store(counters + group, 0)
+        _add_up(
+            out_at, partials, maxima, sums, group * splits * GROUP, programs, GROUP, HEAD, MEMBERS, COLUMNS, PARTS
+        )  # fmt: skip
 
-    # The last program of a sequence and head adds the partial results up, PARTS of them at a time.
-    tl.store(counters + pair, 0)
-    number, member = tl.arange(0, PARTS), tl.arange(0, MEMBERS)
-    inside = (member < GROUP)[:, None] & (column < HEAD)[None, :]
+
+@triton.jit
+def _add_up(
+    out_at, partials, maxima, sums, start, programs,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the partial results of a sequence and key/value head, whose rows begin at ``start``, in their order.
+
+    Every thread has the same channels of all parts, so that none waits for another. PARTS of them are read at a time,
+    past the L1 cache.
+    """
+    member, column = tl.arange(0, MEMBERS), tl.arange(0, COLUMNS)
+    is_member = member < GROUP
+    inside = is_member[:, None] & (column < HEAD)[None, :]
     within = member[:, None] * HEAD + column[None, :]
-    all_maximum = tl.full((MEMBERS,), float("-inf"), tl.float32)
-    all_sum = tl.zeros((MEMBERS,), tl.float32)
-    all_total = tl.zeros((MEMBERS, COLUMNS), tl.float32)
-    for begin_part in range(0, programs, PARTS):
-        part = begin_part + number
-        live = (part < programs)[:, None] & (member < GROUP)[None, :]
-        rows = (pair * splits + part) * GROUP
-        totals = tl.load(
-            partials + (rows * HEAD)[:, None, None] + within[None, :, :],
-            mask=(part < programs)[:, None, None] & inside[None, :, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        highest = tl.load(
-            maxima + rows[:, None] + member[None, :], mask=live, other=float("-inf"), cache_modifier=".cg"
-        )  # fmt: skip
-        weights = tl.load(sums + rows[:, None] + member[None, :], mask=live, other=0.0, cache_modifier=".cg")
-        new_maximum = tl.maximum(all_maximum, tl.max(highest, 0))
-        # Rows beyond the group have seen nothing.
-        safe = tl.where(member < GROUP, new_maximum, 0.0)
-        correction = tl.exp2(all_maximum - safe)
-        factor = tl.exp2(highest - safe[None, :])
-        all_sum = all_sum * correction + tl.sum(weights * factor, 0)
-        all_total = all_total * correction[:, None] + tl.sum(totals * factor[:, :, None], 0)
-        all_maximum = new_maximum
-    tl.store(out_at + within, (all_total / all_sum[:, None]).to(out.dtype.element_ty), mask=inside)
+    # Rows beyond the group have a maximum of 0 and sums of 0.
+    maximum = tl.where(is_member, float("-inf"), 0.0)
+    weight_sum = tl.zeros((MEMBERS,), tl.float32)
+    total = tl.zeros((MEMBERS, COLUMNS), tl.float32)
+    for part in range(0, programs, PARTS):
+        new_maximum = maximum
+        for i in tl.static_range(PARTS):
+            there = is_member & (part + i < programs)
+            at = maxima + start + (part + i) * GROUP + member
+            new_maximum = tl.maximum(
+                new_maximum, tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            )  # fmt: skip
+        correction = tl.exp2(maximum - new_maximum)
+        weight_sum *= correction
+        total *= correction[:, None]
+        maximum = new_maximum
+        for i in tl.static_range(PARTS):
+            there = part + i < programs
+            rows = start + (part + i) * GROUP
+            highest = tl.load(
+                maxima + rows + member, mask=is_member & there, other=float("-inf"), cache_modifier=".cg"
+            )  # fmt: skip
+            weight = tl.load(sums + rows + member, mask=is_member & there, other=0.0, cache_modifier=".cg")
+            values = tl.load(partials + rows * HEAD + within, mask=inside & there, other=0.0, cache_modifier=".cg")
+            factor = tl.exp2(highest - maximum)
+            weight_sum += weight * factor
+            total += values * factor[:, None]
+    tl.store(out_at + within, (total * (1.0 / weight_sum)[:, None]).to(out_at.dtype.element_ty), mask=inside)
 
 
 class DecodeWorkspace:
@@ -147,39 +314,55 @@ class DecodeWorkspace:
         self.counters = torch.zeros((max_sequences * kv_heads,), dtype=torch.int32, device=device)
 
 
+def constants(
+    group: int, head_size: int, page: int, half: int, windowed: bool, tile: plan.Tile, overlapped: bool
+) -> dict[str, int | bool]:  # fmt: skip
+    """What the kernel is compiled for."""
+    members, columns = plan.power_of_two(group), plan.power_of_two(head_size)
+    return {
+        "GROUP": group, "HEAD": head_size, "PAGE": page, "HALF": half, "WINDOWED": windowed, "OVERLAP": overlapped,
+        "ROWS": tile.rows, "KEYS": tile.keys, "COLUMNS": columns,
+        "APART": tile.warps if tile.apart else 0, "MEMBERS": members,
+        "PARTS": plan.parts(members, columns, tile.warps), "AHEAD": plan.PREFETCHED_KEYS,
+    }  # fmt: skip
+
+
 def decode_attention(
-    out: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, sequences: torch.Tensor, pointers: torch.Tensor,
-    scale: float, window: int | None, workspace: DecodeWorkspace,
-    splits: int | None = None, tile: plan.Tile | None = None,
+    out: torch.Tensor, qkv: torch.Tensor, cache: torch.Tensor, frequencies: torch.Tensor | None,
+    sequences: torch.Tensor, pointers: torch.Tensor, scale: float, window: int | None, workspace: DecodeWorkspace,
+    splits: int | None = None, tile: plan.Tile | None = None, program_keys: int = plan.PROGRAM_KEYS,
 ) -> None:  # fmt: skip
-    """``softmax(scale · q kᵀ) v`` for every sequence of the batch that has one query; the others' rows are left alone.
+    """``softmax(scale · q kᵀ) v`` of every sequence of the batch that has one query, with q and k rotated by halves.
+
+    The rotated k and v are written into the cache; ``qkv`` stays as it is. Rows and places of sequences with more
+    queries are left alone.
 
     Args:
-        out, q: [n_tokens, q_heads · head_size], fp16 or bf16; rows may be strided.
-        cache: one layer, [blocks, block_size, 2, kv_heads, head_size], with the query's own key and value in it.
+        out: [n_tokens, q_heads · head_size], fp16 or bf16; rows may be strided.
+        qkv: [n_tokens, (q_heads + 2 · kv_heads) · head_size] of the same type; rows may be strided.
+        cache: one layer, [blocks, block_size, 2, kv_heads, head_size], with the keys and values of earlier steps.
+        frequencies: fp32 [rotary dimensions / 2], a pair's angle per position; None rotates nothing.
         sequences, pointers: as in the package's docstring, n_seqs rows each.
         window: a query sees the last ``window`` positions up to its own; None is all of them.
-        splits, tile: override the plan's.
+        splits, tile, program_keys: override the plan's.
 
     Raises ``ValueError`` for a batch that the workspace is too small for.
     """
     _, page, _, kv_heads, head_size = cache.shape
-    n, group = len(sequences), q.shape[1] // (kv_heads * head_size)
+    n, group = len(sequences), qkv.shape[1] // (kv_heads * head_size) - 2
     tile = tile or plan.decode_tile(head_size, group, page)
     splits = splits or plan.splits(n, kv_heads)
-    overlapped = overlap.supported(q.device)
+    overlapped = overlap.supported(qkv.device)
     if n * kv_heads > workspace.counters.numel() or (
         splits > 1 and n * kv_heads * splits * group > workspace.sums.numel()
     ):
         raise ValueError(f"the workspace has no room for {n} sequences, {kv_heads} heads and {splits} splits")
-    members, columns = plan.power_of_two(group), plan.power_of_two(head_size)
+    half = 0 if frequencies is None else len(frequencies)
     _decode_kernel[(kv_heads, splits, n)](
-        out, q, cache, sequences, pointers,
+        out, qkv, cache, frequencies, sequences, pointers,
         workspace.partials, workspace.maxima, workspace.sums, workspace.counters,
-        q.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
-        scale * math.log2(math.e), window or 0,
-        GROUP=group, HEAD=head_size, PAGE=page, ROWS=tile.rows, KEYS=tile.keys,
-        COLUMNS=columns, WINDOWED=bool(window),
-        MEMBERS=members, PARTS=plan.parts(members, columns), OVERLAP=overlapped,
+        qkv.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
+        scale * math.log2(math.e), window or 0, max(1, program_keys // tile.keys),
+        **constants(group, head_size, page, half, bool(window), tile, overlapped),
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

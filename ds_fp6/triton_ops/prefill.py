@@ -65,7 +65,7 @@ def _prefill_kernel(
     scale,  # softmax scale · log2(e)
     window,  # positions that a query sees, where WINDOWED
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr, SINGLES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -82,11 +82,9 @@ def _prefill_kernel(
     queries = tl.load(sequences + sequence * 4 + 1)
     seen = tl.load(sequences + sequence * 4 + 2)
     begin_query = (program - first_token // QUERIES - sequence) * QUERIES
-    if begin_query >= queries:
+    # Sequences of one query are the decode kernel's.
+    if (begin_query >= queries) | (queries == 1):
         return
-    if not SINGLES:
-        if queries == 1:
-            return
 
     # Rows are the group's heads of one query, then of the next.
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -130,9 +128,9 @@ def _prefill_kernel(
 
 def prefill_attention(
     out: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, sequences: torch.Tensor, pointers: torch.Tensor,
-    scale: float, window: int | None, singles: bool = True, most_sequences: int = 64, tile: plan.Tile | None = None,
+    scale: float, window: int | None, most_sequences: int = 64, long: bool = False, tile: plan.Tile | None = None,
 ) -> None:  # fmt: skip
-    """``softmax(scale · q kᵀ + causal mask) v`` for the queries of every sequence of the batch.
+    """``softmax(scale · q kᵀ + causal mask) v`` for every sequence of more than one query; others' rows are left.
 
     Args:
         out, q: [n_tokens, q_heads · head_size], fp16 or bf16; rows may be strided. Sequences lie one after another.
@@ -140,12 +138,12 @@ def prefill_attention(
         sequences, pointers: as in the package's docstring, n_seqs rows each.
         window: a query sees the last ``window`` positions up to its own; None is all of them.
         most_sequences: of any batch; launches with another one are compiled anew.
-        singles: whether sequences of one query are computed too; if not, their rows are left alone.
+        long: whether sequences are long, by ``plan.LONG_PROMPT``.
         tile: overrides the plan's.
     """
     _, page, _, kv_heads, head_size = cache.shape
     n, group = len(sequences), q.shape[1] // (kv_heads * head_size)
-    tile = tile or plan.prefill_tile(head_size, group, page)
+    tile = tile or plan.prefill_tile(head_size, group, page, long)
     queries = tile.rows // group
     overlapped = overlap.supported(q.device)
     _prefill_kernel[(kv_heads, q.shape[0] // queries + n)](
@@ -154,6 +152,5 @@ def prefill_attention(
         scale * math.log2(math.e), window or 0,
         GROUP=group, HEAD=head_size, PAGE=page, SEQUENCES=plan.power_of_two(max(n, most_sequences)),
         QUERIES=queries, ROWS=tile.rows, KEYS=tile.keys, COLUMNS=plan.power_of_two(head_size), WINDOWED=bool(window),
-        SINGLES=singles,
         OVERLAP=overlapped, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Rotary embedding of queries and keys, and the writing of keys and values into the blocked cache, in one launch."""
+"""Rotary embedding of queries and keys, and the writing of keys and values into the blocked cache, in one launch.
+
+It is for sequences of more than one new token: those of one are ``decode``'s, which does the same by itself.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,16 @@ from ds_fp6.triton_ops import overlap, plan
 
 #: Heads of a token that a program takes.
 HEADS = 8
+
+
+@triton.jit
+def rotated(x, other, cosine, sine):
+    """``x`` turned with ``other``, the second channel of its pair: both in 16 bits, the angle's parts in fp32.
+
+    ``sine`` is negative for the first channel of a pair. The products are fused here and not by the compiler, so that
+    all kernels round alike.
+    """
+    return tl.fma(x.to(tl.float32), cosine, other.to(tl.float32) * sine).to(x.dtype)
 
 
 @triton.jit
@@ -31,6 +44,8 @@ def _rotary_kernel(
     if token >= tl.load(metadata):
         return
     sequence = tl.load(tokens + token)
+    if tl.load(sequences + sequence * 4 + 1) == 1:
+        return
     position = tl.load(sequences + sequence * 4 + 2) + token - tl.load(sequences + sequence * 4)
     blocks = tl.load(pointers + sequence).to(tl.pointer_type(tl.int32))
     block = tl.load(blocks + position // PAGE).to(tl.int64)
@@ -53,11 +68,9 @@ def _rotary_kernel(
         cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
         first = tl.load(from_row + pair[None, :], mask=live[:, None] & inside, other=0.0)
         second = tl.load(from_row + HALF + pair[None, :], mask=live[:, None] & inside, other=0.0)
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        rotated = (head < Q_HEADS + KV_HEADS)[:, None]
-        dtype = qkv.dtype.element_ty
-        first = tl.where(rotated, (a * cosine - b * sine).to(dtype), first)
-        second = tl.where(rotated, (b * cosine + a * sine).to(dtype), second)
+        turns = (head < Q_HEADS + KV_HEADS)[:, None]
+        new_first, new_second = rotated(first, second, cosine, -sine), rotated(second, first, cosine, sine)
+        first, second = tl.where(turns, new_first, first), tl.where(turns, new_second, second)
         tl.store(from_row + pair[None, :], first, mask=is_query[:, None] & inside)
         tl.store(from_row + HALF + pair[None, :], second, mask=is_query[:, None] & inside)
         tl.store(to_cache + pair[None, :], first, mask=stored & inside)
@@ -72,7 +85,8 @@ def rotate_and_store(
     qkv: torch.Tensor, cache: torch.Tensor, frequencies: torch.Tensor | None,
     metadata: torch.Tensor, sequences: torch.Tensor, tokens: torch.Tensor, pointers: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Rotates q in place, by halves, and writes rotated k and plain v into the cache.
+    """Rotates q in place, by halves, and writes rotated k and plain v into the cache, of all sequences of more than
+    one new token; the others' rows and places are left alone.
 
     Args:
         qkv: [n_tokens, (q_heads + 2 · kv_heads) · head_size], rows contiguous; rows beyond the batch's are left alone.

@@ -275,6 +275,11 @@ def warm_up(engine) -> None:
     batches = [{0: prompt}] * (room >= 2) + [{0: token}] + [{0: token, 1: prompt}] * (room >= 3 and most >= 2)
     for batch in batches:
         engine.put(list(batch), list(batch.values()), do_checks=False)
+    if room >= 2 and hasattr(engine._model.attn, "long_prompt"):
+        # The kernel for long prompts has another tile.
+        kept, engine._model.attn.long_prompt = engine._model.attn.long_prompt, 0
+        engine.put([0], [prompt], do_checks=False)
+        engine._model.attn.long_prompt = kept
     for uid in list(engine._state_manager.tracked_sequences):
         engine.flush(uid)
 
