@@ -49,6 +49,38 @@ def test_the_module_is_ours_when_asked_for(tmp_path, monkeypatch):
         assert type(engine.model().attn).__name__ == expected
 
 
+def test_what_a_batch_launches(tmp_path, monkeypatch):
+    from ds_fp6.integrations.deepspeed import graphs
+    from ds_fp6.triton_ops import decode, prefill, rotary
+
+    launched = []
+    for module, name in ((decode, "decode_attention"), (rotary, "rotate_and_store"), (prefill, "prefill_attention")):
+        monkeypatch.setattr(module, name, lambda *arguments, name=name: launched.append((name, arguments[-1])))
+    monkeypatch.setenv(attention.VARIABLE, "triton")
+    path = models.save(models.build("llama_gqa", torch.float16), tmp_path)
+    engine = fastgen.build_engine(path, None, memory_config={"mode": "allocate", "size": 8}, **STATE)
+    layers, token, prompt = engine.model().num_layers, torch.arange(1), torch.arange(5)
+    for batch, names in (
+        ({0: prompt}, ["rotate_and_store", "prefill_attention"]),
+        ({0: token}, ["decode_attention"]),
+        ({0: token, 1: prompt}, ["decode_attention", "rotate_and_store", "prefill_attention"]),
+    ):
+        launched.clear()
+        fastgen.step(engine, batch)
+        assert [name for name, _ in launched] == names * layers
+    launched.clear()
+    graphs.warm_up(engine)
+    # Prompts are taken for long ones too, for which another kernel is compiled.
+    assert {last for name, last in launched if name == "prefill_attention"} == {False, True}
+    assert not engine._state_manager.tracked_sequences
+    # 2 tokens after 5, with a bound of 7.
+    engine.model().attn.long_prompt = 7
+    fastgen.step(engine, {0: prompt})
+    launched.clear()
+    fastgen.step(engine, {0: torch.arange(2), 1: token})
+    assert ("prefill_attention", True) in launched
+
+
 def test_norms_and_gates_are_ours_when_asked_for(tmp_path, monkeypatch):
     from ds_fp6.triton_ops import gate, norm
 

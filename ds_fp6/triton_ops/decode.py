@@ -41,7 +41,7 @@ def _prefetch(
 
 @triton.jit
 def _attend_together(
-    query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen, offset, value_offset,
+    query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen, offset, value_offset,
     block_stride, token_stride, scale,
     HEAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -56,8 +56,6 @@ def _attend_together(
     weight_sums = tl.where((key == 0)[None, :] & is_last, 1.0, tl.zeros((ROWS, KEYS), tl.float32))
     total = tl.where(is_last, new_value.to(tl.float32)[None, :], tl.zeros((ROWS, COLUMNS), tl.float32))
     within = offset + key[:, None] * token_stride + column[None, :]
-    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
-    block = tl.load(blocks + begin * KEYS // PAGE)
     for tile in range(begin, end):
         start = tile * KEYS
         tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
@@ -93,7 +91,7 @@ def _sum_of_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def _attend_apart(
-    query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen, offset, value_offset,
+    query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen, offset, value_offset,
     block_stride, token_stride, scale,
     HEAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr, WARPS: tl.constexpr,
@@ -110,7 +108,6 @@ def _attend_apart(
     )  # fmt: skip
     queries = tl.broadcast_to(query[None, :, :], (WARPS, ROWS, COLUMNS))
     within = offset + key[:, :, None] * token_stride + column[None, None, :]
-    block = tl.load(blocks + begin * KEYS // PAGE)
     for tile in range(begin, end):
         start = tile * KEYS
         tile_at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + within
@@ -184,6 +181,8 @@ def _decode_kernel(
     real = (row < GROUP)[:, None] & inside[None, :]
     blocks = tl.load(pointers + sequence).to(tl.pointer_type(tl.int32))
     new_block = tl.load(blocks + seen // PAGE)
+    # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
+    block = tl.load(blocks + begin * KEYS // PAGE)
     if HALF > 0:
         # Channels of a pair stand HALF apart; eight neighbours have eight neighbours as their others.
         other = tl.where(column < HALF, column + HALF, column - HALF)
@@ -221,13 +220,13 @@ def _decode_kernel(
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
     if APART:
         total, weight_sum, maximum = _attend_apart(
-            query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen,
+            query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen,
             head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
             HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED, APART,
         )  # fmt: skip
     else:
         total, weight_sum, maximum = _attend_together(
-            query, new_score, new_value, is_last, cache, blocks, begin, end, first, seen,
+            query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen,
             head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
             HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED,
         )  # fmt: skip
@@ -364,5 +363,5 @@ def decode_attention(
         qkv.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
         scale * math.log2(math.e), window or 0, max(1, program_keys // tile.keys),
         **constants(group, head_size, page, half, bool(window), tile, overlapped),
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, launch_pdl=overlapped,
     )  # fmt: skip

@@ -31,6 +31,7 @@ class Tile:
     """A kernel's tile: query rows, keys a step, warps, and stages of the pipeline that loads keys and values.
 
     ``apart``: a decode step's keys are divided among the warps, each of which then needs registers for all rows.
+    ``registers``: the most that a decode kernel's thread may have; None leaves it to the compiler.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Tile:
     warps: int
     stages: int
     apart: bool = False
+    registers: int | None = None
 
 
 def power_of_two(value: int) -> int:
