@@ -38,7 +38,7 @@ def usage(kernel, constants: dict, tile: plan.Tile, capability: int) -> dict[str
         if name in _STRIDES or signature[name].startswith("*")
     }  # fmt: skip
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

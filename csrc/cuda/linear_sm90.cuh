@@ -17,9 +17,9 @@ struct Threads {
     static constexpr int kSums = (T::kOwnPanels + (kGrouped ? 1 : 0)) * T::kSums;  // registers
     // Beyond that the even share of a thread is too few; the producers then hand theirs to the consumers, which takes
     // whole warpgroups.
-    static constexpr bool kMovesRegisters = kSums > (T::kConsumers == 2 ? 80 : T::kConsumers == 3 ? 24 : 8);
-    static constexpr int kConsumerRegisters = T::kConsumers == 2 ? 232 : T::kConsumers == 3 ? 152 : 104;
-    static constexpr int kProducerRegisters = T::kConsumers == 2 ? 40 : T::kConsumers == 3 ? 56 : 64;
+    static constexpr bool kMovesRegisters = kSums > (T::kConsumers == 2 ? 80 : 8);
+    static constexpr int kConsumerRegisters = T::kConsumers == 2 ? 232 : 104;
+    static constexpr int kProducerRegisters = T::kConsumers == 2 ? 40 : 64;
     // A block starts with even shares, in steps of 8, and has no more to hand around: it would wait for them forever.
     static constexpr int kStartRegisters = 512 / (T::kConsumers + 1) / 8 * 8;
     static_assert(!kMovesRegisters || T::kConsumers * kConsumerRegisters + kProducerRegisters <=

@@ -104,8 +104,7 @@ public:
 
 private:
     static constexpr int kFirstGroupBarrier = 2;
-    // Tiles of more tokens and three consumers have no register to spare.
-    static constexpr bool kScalesAhead = T::kOwnTokens <= 64 && T::kConsumers != 3;
+    static constexpr bool kScalesAhead = T::kOwnTokens <= 64;  // tiles of more have no register to spare
 
     __device__ int first_channel(int tile) const {
         return (tile_origin(p_.schedule, tile).n * T::kPanels + group_ * T::kOwnPanels) * 64;

@@ -11,21 +11,9 @@ namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-// Tiles that are taken because of estimates, not measurements.
-constexpr bool kTiles48 = true, kTiles48Cut = true, kTiles48WideCut = true;
-constexpr bool kTiles96 = true, kTiles96Narrow = true, kTiles96Cut = true;
-constexpr bool kThreeConsumers = true;          // tiles of 6 panels for every SM
-constexpr bool kThreeConsumersCut = true;       // pairs of blocks, >= 2^27 weights
-constexpr bool kThreeConsumersCutSmall = true;  // pairs of blocks, fewer weights
-constexpr bool kThreeConsumersLarge = true;     // >= 2^27 weights, without pairs
-constexpr bool kThreePanels = true;             // whole tiles of 3 panels, one a pair
-constexpr bool kFourBlocks = true;              // pairs of blocks with 4 blocks of K in a stage
-// With tiles of three consumers, leave out up to one worker in this many to have fewer phases.
-constexpr int kThreeConsumersFewer = 24;
-
 enum class TileChoice {
-    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k48, k48Cut, k48WideCut, k64, k64Cut, k64CutDeep, k64WideCut,
-    k64Three, k64ThreeCut, k64Thirds, k96, k96Narrow, k96Cut, k128, k128Narrow, k128Cut
+    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k48, k48Cut, k48WideCut, k64, k64Cut, k64WideCut,
+    k96, k96Narrow, k96Cut, k128, k128Narrow, k128Cut
 };
 
 // A split without workers: cut_split's choice.
@@ -50,11 +38,7 @@ auto with_tile(TileChoice choice, Run run) {
         case TileChoice::k48WideCut: return run(Tile48WideCut());
         case TileChoice::k64: return run(Tile64());
         case TileChoice::k64Cut: return run(Tile64Cut());
-        case TileChoice::k64CutDeep: return run(Tile64CutDeep());
         case TileChoice::k64WideCut: return run(Tile64WideCut());
-        case TileChoice::k64Three: return run(Tile64Three());
-        case TileChoice::k64ThreeCut: return run(Tile64ThreeCut());
-        case TileChoice::k64Thirds: return run(Tile64Thirds());
         case TileChoice::k96: return run(Tile96());
         case TileChoice::k96Narrow: return run(Tile96Narrow());
         case TileChoice::k96Cut: return run(Tile96Cut());
@@ -76,12 +60,10 @@ struct Tiling {
                 device.sms > T::kClusterK ? device.sms / T::kClusterK : 1};
     }
     int tiles() const { return tiles_n * tiles_m; }
-    Split cut(int fewer = 24) const { return cut_split(tiles_n, tiles_m, steps, most_workers, fewer); }
+    Split cut() const { return cut_split(tiles_n, tiles_m, steps, most_workers); }
     Split whole() const { return whole_split(tiles(), most_workers); }
-    // One tile a worker, for at least so many tenths of the workers.
-    bool one_round(int tenths = 9) const {
-        return tiles() <= most_workers && 10 * tiles() >= tenths * most_workers;
-    }
+    // One tile a worker, and hardly a worker without.
+    bool one_round() const { return tiles() <= most_workers && 10 * tiles() >= 9 * most_workers; }
     // Every worker has the same number of whole tiles.
     bool even() const { return tiles() % cut().workers == 0; }
 };
@@ -97,38 +79,10 @@ struct Tiling {
 //   <= 32   tiles of 4 panels for most SMs    wide      gate_up 89.3 (two panels 92.0)
 //           small, one round of pairs         cut       pairs of blocks add up through shared memory: o 15.8 (16.8)
 //           any                               two panels
-//   <= 64   tiles of 4 panels for most SMs    wide      gate_up 110 (cut 115); up to 48 tokens, tiles of 48
-//           >= 2^27 weights                   wide cut  down 56.2 (wide 57.6)
-//           any                               cut       o 19.3 (wide 22.5)
-//   49..64  tiles of 6 panels for every SM    three     three consumers hide each other's latencies, not measured
-//           pairs cut them at few phases      three cut the same
-//           one tile of 3 panels a pair       thirds    no tile is cut outside its pair, not measured
-inline TileChoice choose_tile_of_33_to_64_tokens(const LinearProblem& p, const Device& device) {
-    const bool wide = 4 * Tiling::of<Tile64>(p, device).tiles() >= 3 * device.sms;
-    const bool large = static_cast<int64_t>(p.n) * p.k >= 1 << 27;
-    if (p.m <= 48) {
-        if (wide && kTiles48) return TileChoice::k48;
-        if (!wide && large && kTiles48WideCut) return TileChoice::k48WideCut;
-        if (!wide && !large && kTiles48Cut) return TileChoice::k48Cut;
-    } else {
-        const bool narrow_codes = p.bits() <= 6;  // codes of 8 bits take too many of three consumers' registers
-        const bool for_every_sm = Tiling::of<Tile64Three>(p, device).tiles() >= device.sms;
-        const bool cut_in_step = Tiling::of<Tile64ThreeCut>(p, device).cut().in_step;
-        if (wide && for_every_sm && narrow_codes && kThreeConsumers) return TileChoice::k64Three;
-        if (!wide && cut_in_step && (large ? kThreeConsumersCut : kThreeConsumersCutSmall)) {
-            return TileChoice::k64ThreeCut;
-        }
-        const bool uncut_in_step = Tiling::of<Tile64Three>(p, device).cut().in_step;
-        if (!wide && large && uncut_in_step && narrow_codes && kThreeConsumersLarge) {
-            return TileChoice::k64Three;
-        }
-        if (!large && kThreePanels && Tiling::of<Tile64Thirds>(p, device).one_round(8)) return TileChoice::k64Thirds;
-        if (!wide && !large && kFourBlocks) return TileChoice::k64CutDeep;
-    }
-    if (wide) return TileChoice::k64;
-    return large ? TileChoice::k64WideCut : TileChoice::k64Cut;
-}
-
+//   <= 48   tiles of 4 panels for most SMs    wide      gate_up 96.7 (tiles of 64 tokens 105.0)
+//           >= 2^27 weights                   wide cut  down 50.0 (64 tokens 54.6)
+//           any                               cut       qkv 24.2, o 18.5 (64 tokens 25.5, 19.4; wide 25.5, 20.8)
+//   <= 64   the same                                    gate_up 110 (cut 115), down 56.2 (wide 57.6), o 19.3 (wide 22.5)
 inline TileChoice choose_tile_of_few_tokens(const LinearProblem& p, const Device& device) {
     const auto fill = [&](auto tile, int quarters) {
         return 4 * Tiling::of<decltype(tile)>(p, device).tiles() >= quarters * device.sms;
@@ -143,14 +97,12 @@ inline TileChoice choose_tile_of_few_tokens(const LinearProblem& p, const Device
         if (fill(Tile32Wide(), 3)) return TileChoice::k32Wide;
         return !large && Tiling::of<Tile32Cut>(p, device).one_round() ? TileChoice::k32Cut : TileChoice::k32;
     }
-    return choose_tile_of_33_to_64_tokens(p, device);
-}
-
-inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
-    const TileChoice tile = choose_tile_of_few_tokens(p, device);
-    if (tile == TileChoice::k64Three) return {tile, Tiling::of<Tile64Three>(p, device).cut(kThreeConsumersFewer)};
-    if (tile == TileChoice::k64Thirds) return {tile, Tiling::of<Tile64Thirds>(p, device).whole()};
-    return {tile};
+    if (p.m <= 48) {
+        if (fill(Tile48(), 3)) return TileChoice::k48;
+        return large ? TileChoice::k48WideCut : TileChoice::k48Cut;
+    }
+    if (fill(Tile64(), 3)) return TileChoice::k64;
+    return large ? TileChoice::k64WideCut : TileChoice::k64Cut;
 }
 
 // What a tile costs, in times of a tile of 256 channels x 128 tokens with all SMs busy (89 us at k = 8192, where adding
@@ -190,15 +142,17 @@ inline Plan plan_for_many_tokens(const LinearProblem& p, const Device& device) {
     consider(TileChoice::k128Narrow, Tiling::of<Tile128Narrow>(p, device), {0.524, 0.038, 0.0});
     consider(TileChoice::k128Cut, Tiling::of<Tile128Cut>(p, device), {0.262, 0.019, 0.02});
     if (ceil_div(p.m, 96) * 96 >= ceil_div(p.m, 128) * 128) return best;
-    // Fewer tokens that are not there. Tensor cores need three quarters of the time for 96, dequantization all of it.
-    if (kTiles96) consider(TileChoice::k96, Tiling::of<Tile96>(p, device), {0.79, 0.058, 0.0});
-    if (kTiles96Narrow) consider(TileChoice::k96Narrow, Tiling::of<Tile96Narrow>(p, device), {0.414, 0.029, 0.0});
-    if (kTiles96Cut) consider(TileChoice::k96Cut, Tiling::of<Tile96Cut>(p, device), {0.207, 0.015, 0.016});
+    // Fewer tokens that are not there. Tensor cores need three quarters of the time for 96, dequantization all of it:
+    // gate_up 145 at 96 tokens (tiles of 128: 158) and 275 at 192 (299), qkv 30.5 and 52.3 (35.2 and 73.1).
+    consider(TileChoice::k96, Tiling::of<Tile96>(p, device), {0.79, 0.058, 0.0});
+    consider(TileChoice::k96Narrow, Tiling::of<Tile96Narrow>(p, device), {0.414, 0.029, 0.0});
+    consider(TileChoice::k96Cut, Tiling::of<Tile96Cut>(p, device), {0.207, 0.015, 0.016});
     return best;
 }
 
 inline Plan choose_plan(const LinearProblem& p, const Device& device) {
-    return p.m > 64 ? plan_for_many_tokens(p, device) : plan_for_few_tokens(p, device);
+    if (p.m > 64) return plan_for_many_tokens(p, device);
+    return {choose_tile_of_few_tokens(p, device)};
 }
 
 }  // namespace sm90

@@ -101,9 +101,8 @@ struct Ring {
     // NOTE: the parity of the previous turn, so that the first turn does not wait.
     __device__ void wait_empty(Slot slot) const { barrier_wait(empty(slot.index), slot.parity ^ 1); }
 
-    // A whole warp, whose reads come before the arrival of its one lane.
+    // A whole warp.
     __device__ void release(Slot slot, int lane) const {
-        __syncwarp();
         if (lane == 0) barrier_arrive(empty(slot.index));
     }
 };

@@ -45,17 +45,17 @@ struct Split {
 // Steps along K at which workers that take equal ranges of a line of tiles begin, of those that one tile has.
 inline int phases(int tiles, int workers) { return workers / std::gcd(tiles, workers); }
 
-// For tiles that may be cut, between at most `most` workers, and no more than have some steps to do. A few fewer, up to
-// one in `fewer`, where their ranges then begin at fewer phases: workers at the same step along K share what they read in
-// the L2, and adding up costs more than idle SMs (10240 channels, 512 tokens: 126 us with 132 workers, 115 with 128). In
-// step: where the workers are also a multiple of the tiles along the tokens, those that share weights are at the same
-// step, and the weights are read from memory once.
-inline Split cut_split(int tiles_n, int tiles_m, int steps, int most, int fewer = 24) {
+// For tiles that may be cut, between at most `most` workers, and no more than have some steps to do. A few fewer where
+// their ranges then begin at fewer phases: workers at the same step along K share what they read in the L2, and adding
+// up costs more than idle SMs (10240 channels, 512 tokens: 126 us with 132 workers, 115 with 128). In step: where the
+// workers are also a multiple of the tiles along the tokens, those that share weights are at the same step, and the
+// weights are read from memory once.
+inline Split cut_split(int tiles_n, int tiles_m, int steps, int most) {
     constexpr int kLeastSteps = 4, kMostPhases = 8, kMostRows = 8;  // rows: whose activations stay in the L2
     const int tiles = tiles_n * tiles_m, busy = tiles * (steps < kLeastSteps ? 1 : steps / kLeastSteps);
     if (busy < most) most = busy;
     int best = most;
-    for (int workers = most; workers >= most - most / fewer && workers > 0; --workers) {
+    for (int workers = most; workers >= most - most / 24 && workers > 0; --workers) {
         if (phases(tiles, workers) < phases(tiles, best)) best = workers;
     }
     return {best, true, tiles_m <= kMostRows && best % tiles_m == 0 && phases(tiles, best) <= kMostPhases};

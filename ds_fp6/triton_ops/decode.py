@@ -363,5 +363,5 @@ def decode_attention(
         qkv.stride(0), out.stride(0), cache.stride(0), cache.stride(1),
         scale * math.log2(math.e), window or 0, max(1, program_keys // tile.keys),
         **constants(group, head_size, page, half, bool(window), tile, overlapped),
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, launch_pdl=overlapped,
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlapped,
     )  # fmt: skip

@@ -13,10 +13,10 @@ DECODE_PROGRAMS = 256
 #: Programs that a sequence and head may have, at most: adding up more partial results takes longer than they save.
 MAX_SPLITS = 32
 
-#: Keys that a program gets, to the nearest number of programs: to add up parts takes as long as several hundred keys.
-#: On an H200 with tiles of 64 keys that all warps shared, 8192 keys in one program took 107 µs, 13 ns each; 128 keys
-#: took 3.1 µs in one program and 6.6 µs in two, 700 keys 10.6 µs in one, 9.0 in four and 15 in eleven.
-PROGRAM_KEYS = 512
+#: Keys that a program gets, to the nearest number of programs. On an H200, 700 keys took 10.1 µs in one program, 7.4 in
+#: three and 7.3 in five; 8192 keys 20.5 in eight, 18.8 in sixteen, 19.0 in 32 and 86 in one; 4096 keys of eight
+#: sequences 39 in four and 64 in one.
+PROGRAM_KEYS = 256
 
 #: Keys that a decode program asks the L2 cache for before it may start: enough for the pipeline's first steps.
 PREFETCHED_KEYS = 128
@@ -31,7 +31,6 @@ class Tile:
     """A kernel's tile: query rows, keys a step, warps, and stages of the pipeline that loads keys and values.
 
     ``apart``: a decode step's keys are divided among the warps, each of which then needs registers for all rows.
-    ``registers``: the most that a decode kernel's thread may have; None leaves it to the compiler.
     """
 
     rows: int
@@ -39,7 +38,6 @@ class Tile:
     warps: int
     stages: int
     apart: bool = False
-    registers: int | None = None
 
 
 def power_of_two(value: int) -> int:
