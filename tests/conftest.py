@@ -35,7 +35,8 @@ def _environment_is_left_alone():
     yield
     changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
     changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}  # pytest's and torch's own
-    changed.discard("PYTORCH_NVML_BASED_CUDA_CHECK")  # set by the first import of deepspeed
+    # Set by the first import of deepspeed, and by torch's first use of a GPU.
+    changed -= {"PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_MODULE_LOADING"}
     for name in changed:
         os.environ.pop(name, None) if name not in before else os.environ.__setitem__(name, before[name])
     assert not changed, f"the test changed these environment variables: {sorted(changed)}"

@@ -104,8 +104,9 @@ def plot(results: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
     def save(name: str, x_label: str, y_label: str) -> None:
         pyplot.xlabel(x_label)
         pyplot.ylabel(y_label)
+        pyplot.ylim(bottom=0)
         if measured:
-            pyplot.legend()
+            pyplot.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
         pyplot.grid(alpha=0.3)
         path = directory / name
         pyplot.savefig(path, dpi=150, bbox_inches="tight")
