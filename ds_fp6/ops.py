@@ -27,11 +27,12 @@ _schemas.define(
     "linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
     "int group_size) -> Tensor"
 )
-# Of kernels of which cuda_kernel_name says "sm90": out of N channels, gates and values by turns, come N / 2. `activation`
-# is DeepSpeed's number: 3 GELU (tanh), 4 ReLU, 5 SiLU.
+# What the kernel of which cuda_kernel_name says "sm90" does besides. Gates: out of N channels, gates and values by turns,
+# come N / 2; `activation` is DeepSpeed's number, 3 GELU (tanh), 4 ReLU, 5 SiLU, 0 for none. `next` is the packed weight
+# that the next call is expected to read, whose beginning is asked for ahead of it.
 _schemas.define(
-    "gated_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
-    "int group_size, int activation) -> Tensor"
+    "fused_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
+    "int group_size, int activation=0, Tensor? next=None) -> Tensor"
 )
 _schemas.define("pack(Tensor rows, int exponent_bits, int mantissa_bits, int in_features) -> Tensor")
 _schemas.define(
@@ -41,7 +42,7 @@ _schemas.define(
 #: Operators by the dispatch key of the extension that has them.
 _OPERATORS = {
     "CPU": ("quantize", "dequantize", "linear"),
-    "CUDA": ("quantize", "dequantize", "linear", "gated_linear", "pack", "unpack"),
+    "CUDA": ("quantize", "dequantize", "linear", "fused_linear", "pack", "unpack"),
 }
 
 #: Rows (N) and columns (K) of the GPU layout's panels, see csrc/common/layout.h.
@@ -99,7 +100,7 @@ for _key in _OPERATORS:
 quantize = torch.ops.ds_fp6.quantize
 dequantize = torch.ops.ds_fp6.dequantize
 linear = torch.ops.ds_fp6.linear
-gated_linear = torch.ops.ds_fp6.gated_linear
+fused_linear = torch.ops.ds_fp6.fused_linear
 pack = torch.ops.ds_fp6.pack
 unpack = torch.ops.ds_fp6.unpack
 
@@ -142,9 +143,9 @@ def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size):
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
 
 
-@torch.library.register_fake("ds_fp6::gated_linear")
-def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, activation):
-    return x.new_empty((*x.shape[:-1], scales.shape[0] // 2))
+@torch.library.register_fake("ds_fp6::fused_linear")
+def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, activation=0, next=None):
+    return x.new_empty((*x.shape[:-1], scales.shape[0] // (2 if activation else 1)))
 
 
 @torch.library.register_fake("ds_fp6::pack")

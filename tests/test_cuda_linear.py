@@ -92,22 +92,34 @@ def test_gates_of_adjacent_channels(dtype, activation, generator):
             arguments = (x[:m], weight.tiles, weight.scales, bias, 3, 2, group_size)
             if weight.kernel_name(m) != "sm90":
                 with pytest.raises(RuntimeError, match="only the kernel sm90 has gates"):
-                    ops.gated_linear(*arguments, activation)
+                    ops.fused_linear(*arguments, activation)
                 continue
             gate, up = ops.linear(*arguments).double().unflatten(1, (-1, 2)).unbind(-1)
             act = {3: lambda g: F.gelu(g, approximate="tanh"), 4: F.relu, 5: F.silu}[activation](gate)
-            y = ops.gated_linear(*arguments, activation)
+            y = ops.fused_linear(*arguments, activation)
             assert y.shape == (m, n // 2) and y.dtype == dtype
             torch.testing.assert_close(y.double(), act * up, rtol=ROUNDING[dtype] * 1.01, atol=1e-4)
+
+
+def test_asking_for_the_next_weight_changes_nothing(generator):
+    weight, others = RandomWeight(E3M2, 1000, 1032, 0, generator), [(64, 64), (5000, 4096), (3000, 520)]
+    for n, k in others:
+        following = RandomWeight(E3M2, n, k, 0, generator)
+        for m in (1, 13, 30, 40, 64, 100):
+            x = random_x(m, 1032, torch.float16, generator)
+            y = ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, next=following.tiles)
+            assert torch.equal(y, weight.linear(x)), f"{m} tokens, then {n} x {k}"
+    with pytest.raises(ValueError, match="next must be a packed weight of the same format"):
+        ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, next=weight.tiles[0])
 
 
 def test_gates_say_what_is_wrong(generator):
     weight = RandomWeight(E3M2, 65, 64, 0, generator)
     x = random_x(1, 64, torch.float16, generator)
     with pytest.raises(ValueError, match="even N.*65"):
-        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 5)
+        ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 5)
     with pytest.raises(ValueError, match="SiLU.*got 6"):
-        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 6)
+        ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 6)
 
 
 @pytest.mark.parametrize("name", ["dequantize", "reference"])

@@ -27,7 +27,11 @@ SETTINGS = {
     "upstream": {"DS_FP6_ATTENTION": "upstream", "DS_FP6_CUDA_GRAPHS": "0"},
     "attention": {"DS_FP6_ATTENTION": "triton", "DS_FP6_CUDA_GRAPHS": "0"},
     "graphs": {"DS_FP6_ATTENTION": "triton", "DS_FP6_CUDA_GRAPHS": "1"},
+    "gates apart": {"DS_FP6_POINTWISE": "upstream", "DS_FP6_CUDA_GRAPHS": "1"},
+    "weights ahead": {"DS_FP6_WEIGHTS_AHEAD": "1", "DS_FP6_CUDA_GRAPHS": "1"},
 }
+#: What each is compared with.
+PLAIN = {"attention": "upstream", "graphs": "attention", "gates apart": "graphs", "weights ahead": "graphs"}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +49,9 @@ def texts() -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize("part", ["attention", "graphs"])
+@pytest.mark.parametrize("part", PLAIN)
 def test_greedy_text_is_the_same_with_and_without(texts, part):
-    plain = texts["upstream" if part == "attention" else "attention"]
+    plain = texts[PLAIN[part]]
     flips = []
     for prompt, ours, theirs, margins in zip(
         PROMPTS, texts[part]["tokens"], plain["tokens"], plain["margins"], strict=True

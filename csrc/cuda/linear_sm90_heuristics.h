@@ -12,7 +12,7 @@ namespace cuda {
 namespace sm90 {
 
 enum class TileChoice {
-    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k48, k48Cut, k48WideCut, k64, k64Cut, k64WideCut,
+    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k32Grouped, k48, k48Cut, k48WideCut, k64, k64Cut, k64WideCut,
     k96, k96Narrow, k96Cut, k128, k128Narrow, k128Cut
 };
 
@@ -22,7 +22,18 @@ struct Plan {
     Split split{};
 };
 
-// run(Tile) for the tile that was chosen.
+// run(Tile) for the tile that was chosen where channels have several scales.
+template <class Run>
+auto with_grouped_tile(TileChoice choice, Run run) {
+    switch (choice) {
+        case TileChoice::k8: return run(Tile8());
+        case TileChoice::k16: return run(Tile16());
+        case TileChoice::k32Grouped: return run(Tile32Grouped());
+        default: return run(Tile64());
+    }
+}
+
+// The same where they have one.
 template <class Run>
 auto with_tile(TileChoice choice, Run run) {
     switch (choice) {
@@ -150,7 +161,15 @@ inline Plan plan_for_many_tokens(const LinearProblem& p, const Device& device) {
     return best;
 }
 
+// Two sets of sums leave no registers for more.
+inline TileChoice choose_grouped_tile(const LinearProblem& p) {
+    if (p.m <= 8) return TileChoice::k8;
+    if (p.m <= 16) return TileChoice::k16;
+    return p.m <= 32 ? TileChoice::k32Grouped : TileChoice::k64;
+}
+
 inline Plan choose_plan(const LinearProblem& p, const Device& device) {
+    if (p.groups > 1) return {choose_grouped_tile(p)};
     if (p.m > 64) return plan_for_many_tokens(p, device);
     return {choose_tile_of_few_tokens(p, device)};
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ from deepspeed.inference.v2.modules.interfaces import DSLinearBase, DSLinearRegi
 from ds_fp6 import ops
 from ds_fp6.formats import Mode
 from ds_fp6.weight import PackedWeight
+
+
+def follow(weights: list[InferenceParameter]) -> None:
+    """Notes that a forward pass reads packed weights in this order, and after the last the first."""
+    for weight, following in zip(weights, [*weights[1:], *weights[:1]]):
+        # Weak: parameters in a ring would outlive their model.
+        weight.following = weakref.ref(following)
+
+
+def following_weight(weight: InferenceParameter) -> torch.Tensor | None:
+    """The packed weight that comes after ``weight``, None where ``follow`` has not been told."""
+    following = getattr(weight, "following", None)
+    parameter = None if following is None else following()
+    return None if parameter is None else parameter.as_subclass(torch.Tensor)
 
 
 @DSLinearRegistry.register_module
@@ -42,8 +57,10 @@ class QuantizedLinear(DSLinearBase):
         self._out_channels = config.out_channels * (2 if self._gated else 1)
         self._dtype: torch.dtype = config.output_dtype
         self._device = torch.device(get_accelerator().current_device())
-        #: Whether a gate may be part of the matrix product, where the kernel has it.
-        self._may_fuse = self._gated and self._device.type == "cuda" and implementation_config.get("fuses_gates", True)
+        on_gpu = self._device.type == "cuda"
+        #: Whether the matrix product is to apply the gate, and to ask for the next layer's weight, where its kernel can.
+        self._fuses_gate = self._gated and on_gpu and implementation_config.get("fuses_gates", True)
+        self._asks_ahead = on_gpu and implementation_config.get("asks_ahead", False)
         #: fp32 [out, 1], set while a shard of a row-parallel weight is transformed: the scales of its full rows.
         self.row_scales: torch.Tensor | None = None
         if self._gated:
@@ -75,19 +92,23 @@ class QuantizedLinear(DSLinearBase):
             hidden_states, w.as_subclass(torch.Tensor), w.scales, bias,
             fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size,
         )  # fmt: skip
-        if self._may_fuse and self._has_gates(hidden_states.shape[:-1].numel()):
-            return ops.gated_linear(*arguments, self._activation.act_fn.value)
-        y = ops.linear(*arguments)
-        if self._gated:
+        following = following_weight(w) if self._asks_ahead else None
+        fuses = (self._fuses_gate or following is not None) and self._on_hopper(hidden_states.shape[:-1].numel())
+        if fuses:
+            gate = self._activation.act_fn.value if self._fuses_gate else 0
+            y = ops.fused_linear(*arguments, gate, following)
+        else:
+            y = ops.linear(*arguments)
+        if self._gated and not (fuses and self._fuses_gate):
             out = y.new_empty((*y.shape[:-1], self._config.out_channels))
             self._activation(out, y)
             return out
-        if self._activation is not None:
+        if self._activation is not None and not self._gated:
             self._activation(y)
         return y
 
-    def _has_gates(self, rows: int) -> bool:
-        """Whether the CUDA kernel for so many rows applies gates itself."""
+    def _on_hopper(self, rows: int) -> bool:
+        """Whether the CUDA kernel for so many rows is the one that takes gates and the next weight."""
         fmt = self.mode.format
         name = ops.cuda_kernel_name(
             rows, self._out_channels, self._config.in_channels,

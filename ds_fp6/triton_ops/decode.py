@@ -214,8 +214,10 @@ def _decode_kernel(
         query = rotated(query, other_query, row_cosine, row_sine)
         new_key = rotated(new_key, other_key, cosine, sine)
     new_at = cache + new_block.to(tl.int64) * block_stride + (seen % PAGE) * token_stride + head * HEAD + column
-    tl.store(new_at, new_key, mask=inside & is_last)
-    tl.store(new_at + kv_heads * HEAD, new_value, mask=inside & is_last)
+    # NOTE: Triton 3.9's interpreter takes masks that a scalar condition is part of for integers, here and below.
+    written = inside & (tl.full((COLUMNS,), split, tl.int32) == programs - 1)
+    tl.store(new_at, new_key, mask=written)
+    tl.store(new_at + kv_heads * HEAD, new_value, mask=written)
 
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
     if APART:
@@ -273,7 +275,7 @@ def _add_up(
     for part in range(0, programs, PARTS):
         new_maximum = maximum
         for i in tl.static_range(PARTS):
-            there = is_member & (part + i < programs)
+            there = is_member & (tl.full((MEMBERS,), part + i, tl.int32) < programs)
             at = maxima + start + (part + i) * GROUP + member
             new_maximum = tl.maximum(
                 new_maximum, tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
@@ -283,13 +285,13 @@ def _add_up(
         total *= correction[:, None]
         maximum = new_maximum
         for i in tl.static_range(PARTS):
-            there = part + i < programs
+            there = is_member & (tl.full((MEMBERS,), part + i, tl.int32) < programs)
             rows = start + (part + i) * GROUP
-            highest = tl.load(
-                maxima + rows + member, mask=is_member & there, other=float("-inf"), cache_modifier=".cg"
+            highest = tl.load(maxima + rows + member, mask=there, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.load(sums + rows + member, mask=there, other=0.0, cache_modifier=".cg")
+            values = tl.load(
+                partials + rows * HEAD + within, mask=inside & there[:, None], other=0.0, cache_modifier=".cg"
             )  # fmt: skip
-            weight = tl.load(sums + rows + member, mask=is_member & there, other=0.0, cache_modifier=".cg")
-            values = tl.load(partials + rows * HEAD + within, mask=inside & there, other=0.0, cache_modifier=".cg")
             factor = tl.exp2(highest - maximum)
             weight_sum += weight * factor
             total += values * factor[:, None]
