@@ -61,13 +61,16 @@ def _cuda_include() -> Path:
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
 @pytest.mark.parametrize(
-    "fmt, dtype, cases", [("3, 2", "__half", CASES + GROUPED), ("2, 2", "__nv_bfloat16", BF16_CASES)]
+    "fmt, dtype, cases, flag",
+    [("3, 2", "__half", CASES + GROUPED, "-g0"), ("2, 2", "__nv_bfloat16", BF16_CASES, "-DDS_FP6_EVERY_LANE_ARRIVES")],
 )
-def test_emulated_kernel_agrees_with_double_precision(sources: Path, fmt: str, dtype: str, cases: list) -> None:
+def test_emulated_kernel_agrees_with_double_precision(
+    sources: Path, fmt: str, dtype: str, cases: list, flag: str
+) -> None:  # fmt: skip
     program = sources / f"emulate_{dtype}"
     subprocess.run(
         ["c++", "-std=c++17", "-O1", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
-         f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", f"-I{sources}", f"-I{_cuda_include()}",
+         f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", flag, f"-I{sources}", f"-I{_cuda_include()}",
          str(sources / "main.cpp"), "-o", str(program)],
         check=True,
     )  # fmt: skip

@@ -77,6 +77,14 @@ struct RingSlot {
     }
 };
 
+// Lanes of a warp that let go of a slot, each for itself; one speaks for all, whose reads a wgmma that they waited for
+// has consumed. racecheck believes only a lane that arrives itself: tests/cuda_sanitize.py.
+#if defined(DS_FP6_EVERY_LANE_ARRIVES)
+constexpr int kReleasingLanes = 32;
+#else
+constexpr int kReleasingLanes = 1;
+#endif
+
 template <class T, int kBits>
 struct Ring {
     using Layout = SharedLayout<T, kBits>;
@@ -94,7 +102,7 @@ struct Ring {
     __device__ void initialize() const {
         for (int slot = 0; slot < Layout::kStages; ++slot) {
             barrier_init(full(slot), 2);
-            barrier_init(empty(slot), 4 * T::kConsumers);
+            barrier_init(empty(slot), 4 * T::kConsumers * kReleasingLanes);
         }
     }
 
@@ -105,7 +113,7 @@ struct Ring {
 
     // A whole warp.
     __device__ void release(Slot slot, int lane) const {
-        if (lane == 0) barrier_arrive(empty(slot.index));
+        if (lane < kReleasingLanes) barrier_arrive(empty(slot.index));
     }
 };
 
