@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -98,8 +99,9 @@ def stream_all(client, prompts: list[str], kill: psutil.Process | None = None, *
             if not pieces:
                 begun.append(prompt)
             pieces.append(answer[0].generated_text)
-            if kill and len(begun) == len(prompts) and kill.is_running():
-                kill.kill()
+            if kill and len(begun) == len(prompts):
+                with contextlib.suppress(psutil.NoSuchProcess):  # killed before
+                    kill.kill()
         return "".join(pieces)
 
     async def gather() -> list:
