@@ -69,7 +69,7 @@ def test_emulated_kernel_agrees_with_double_precision(
 ) -> None:  # fmt: skip
     program = sources / f"emulate_{dtype}"
     subprocess.run(
-        ["c++", "-std=c++17", "-O1", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
+        ["c++", "-std=c++17", "-O2", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
          f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", flag, f"-I{sources}", f"-I{_cuda_include()}",
          str(sources / "main.cpp"), "-o", str(program)],
         check=True,
