@@ -93,17 +93,19 @@ class QuantizedLinear(DSLinearBase):
             fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size,
         )  # fmt: skip
         following = following_weight(w) if self._asks_ahead else None
-        fuses = (self._fuses_gate or following is not None) and self._on_hopper(hidden_states.shape[:-1].numel())
-        if fuses:
+        if (self._fuses_gate or following is not None) and self._on_hopper(hidden_states.shape[:-1].numel()):
             gate = self._activation.act_fn.value if self._fuses_gate else 0
             y = ops.fused_linear(*arguments, gate, following)
-        else:
-            y = ops.linear(*arguments)
-        if self._gated and not (fuses and self._fuses_gate):
+            return y if self._fuses_gate else self._activated(y)
+        return self._activated(ops.linear(*arguments))
+
+    def _activated(self, y: torch.Tensor) -> torch.Tensor:
+        """The activation by a kernel of its own, which may write over ``y``."""
+        if self._gated:
             out = y.new_empty((*y.shape[:-1], self._config.out_channels))
             self._activation(out, y)
             return out
-        if self._activation is not None and not self._gated:
+        if self._activation is not None:
             self._activation(y)
         return y
 
