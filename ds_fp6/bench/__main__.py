@@ -13,6 +13,7 @@ COMMANDS = {
     "quantize": "quantization to packed codes, for shapes of well-known models",
     "generate": "loading and generating with a model of any shape and random weights",
     "step": "one step of the engine: time by class of kernel, and the floor",
+    "attention": "the attention kernels by themselves, for heads of well-known models",
     "host": "how long a device waits for MII's generation loop between steps; plays the device",
     "loading": "reading, moving and loading a checkpoint of a model's shape",
     "serving": "throughput and latency of a server under load, with real or random weights",
