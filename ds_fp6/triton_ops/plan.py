@@ -13,9 +13,9 @@ DECODE_PROGRAMS = 256
 #: Programs that a sequence and head may have, at most: adding up more partial results takes longer than they save.
 MAX_SPLITS = 32
 
-#: Keys that a program gets, to the nearest number of programs. Tried one by one on an H200: 700 keys took 10.1 µs in one program, 7.4 in
-#: three and 7.3 in five; 8192 keys 20.5 in eight, 18.8 in sixteen, 19.0 in 32 and 86 in one; 4096 keys of eight
-#: sequences 39 in four and 64 in one.
+#: Keys that a program gets, to the nearest number of programs. Tried one by one on an H200: 700 keys took 10.1 µs in one
+#: program, 7.4 in three and 7.3 in five; 8192 keys 20.5 in eight, 18.8 in sixteen, 19.0 in 32 and 86 in one; 4096 keys
+#: of eight sequences 39 in four and 64 in one.
 PROGRAM_KEYS = 256
 
 #: Keys that a decode program asks the L2 cache for before it may start: enough for the pipeline's first steps.
