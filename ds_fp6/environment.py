@@ -79,15 +79,12 @@ def _repairs(hooks: dict[str, str]) -> list[dict[str, str]]:
 
 def _engine() -> dict[str, dict[str, str]]:
     """What the engine would use on this machine, and why; a setting that is refused is its own explanation."""
-    from ds_fp6.integrations.deepspeed import ahead, attention, graphs, pointwise
+    from ds_fp6.integrations.deepspeed import attention, graphs, pointwise
     from ds_fp6.integrations.mii import lookahead
 
     cpu = not torch.cuda.is_available()
     found = {}
-    parts = {
-        "attention": attention, "norms and gates": pointwise, "cuda graphs": graphs, "lookahead": lookahead,
-        "weights ahead": ahead,
-    }  # fmt: skip
+    parts = {"attention": attention, "norms and gates": pointwise, "cuda graphs": graphs, "lookahead": lookahead}
     for name, part in parts.items():
         try:
             use, why = part.chosen(cpu)

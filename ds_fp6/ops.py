@@ -27,12 +27,11 @@ _schemas.define(
     "linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
     "int group_size) -> Tensor"
 )
-# What the kernel of which cuda_kernel_name says "sm90" does besides. Gates: out of N channels, gates and values by turns,
-# come N / 2; `activation` is DeepSpeed's number, 3 GELU (tanh), 4 ReLU, 5 SiLU, 0 for none. `next` is the packed weight
-# that the next call is expected to read, whose beginning is asked for ahead of it.
+# What the kernel of which cuda_kernel_name says "sm90" does besides: out of N channels, gates and values by turns, come
+# N / 2; `activation` is DeepSpeed's number, 3 GELU (tanh), 4 ReLU, 5 SiLU.
 _schemas.define(
     "fused_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
-    "int group_size, int activation=0, Tensor? next=None) -> Tensor"
+    "int group_size, int activation) -> Tensor"
 )
 _schemas.define("pack(Tensor rows, int exponent_bits, int mantissa_bits, int in_features) -> Tensor")
 _schemas.define(
@@ -144,8 +143,8 @@ def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size):
 
 
 @torch.library.register_fake("ds_fp6::fused_linear")
-def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, activation=0, next=None):
-    return x.new_empty((*x.shape[:-1], scales.shape[0] // (2 if activation else 1)))
+def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, activation):
+    return x.new_empty((*x.shape[:-1], scales.shape[0] // 2))
 
 
 @torch.library.register_fake("ds_fp6::pack")

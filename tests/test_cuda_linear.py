@@ -101,18 +101,6 @@ def test_gates_of_adjacent_channels(dtype, activation, generator):
             torch.testing.assert_close(y.double(), act * up, rtol=ROUNDING[dtype] * 1.01, atol=1e-4)
 
 
-def test_asking_for_the_next_weight_changes_nothing(generator):
-    weight, others = RandomWeight(E3M2, 1000, 1032, 0, generator), [(64, 64), (5000, 4096), (3000, 520)]
-    for n, k in others:
-        following = RandomWeight(E3M2, n, k, 0, generator)
-        for m in (1, 13, 30, 40, 64, 100):
-            x = random_x(m, 1032, torch.float16, generator)
-            y = ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, next=following.tiles)
-            assert torch.equal(y, weight.linear(x)), f"{m} tokens, then {n} x {k}"
-    with pytest.raises(ValueError, match="next must be a packed weight of the same format"):
-        ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, next=weight.tiles[0])
-
-
 def test_gates_say_what_is_wrong(generator):
     weight = RandomWeight(E3M2, 65, 64, 0, generator)
     x = random_x(1, 64, torch.float16, generator)

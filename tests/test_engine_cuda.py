@@ -28,10 +28,9 @@ SETTINGS = {
     "attention": {"DS_FP6_ATTENTION": "triton", "DS_FP6_CUDA_GRAPHS": "0"},
     "graphs": {"DS_FP6_ATTENTION": "triton", "DS_FP6_CUDA_GRAPHS": "1"},
     "gates apart": {"DS_FP6_POINTWISE": "upstream", "DS_FP6_CUDA_GRAPHS": "1"},
-    "weights ahead": {"DS_FP6_WEIGHTS_AHEAD": "1", "DS_FP6_CUDA_GRAPHS": "1"},
 }
 #: What each is compared with.
-PLAIN = {"attention": "upstream", "graphs": "attention", "gates apart": "graphs", "weights ahead": "graphs"}
+PLAIN = {"attention": "upstream", "graphs": "attention", "gates apart": "graphs"}
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 from ds_fp6 import triton_ops
-from ds_fp6.integrations.deepspeed import ahead, attention
-from ds_fp6.integrations.engine import build_engine
-from ds_fp6.modules.linear import following_weight
-from models import build, save
+from ds_fp6.integrations.deepspeed import attention
 
 
 def test_attention_follows_triton_and_the_variable(monkeypatch):
@@ -42,7 +37,7 @@ def test_environment_says_what_is_in_use_and_why(monkeypatch, capsys):
     here = {"use": "the CPU's operators", "why": "the engine runs on a CPU"}
     off = {**here, "use": "off"}
     found = environment._engine()
-    assert found == {"attention": here, "norms and gates": here, "cuda graphs": off, "lookahead": off, "weights ahead": off}
+    assert found == {"attention": here, "norms and gates": here, "cuda graphs": off, "lookahead": off}
     monkeypatch.setenv("DS_FP6_LOOKAHEAD", "1")
     assert environment._engine()["lookahead"] == {"use": "on", "why": "DS_FP6_LOOKAHEAD=1"}
     monkeypatch.delenv("DS_FP6_LOOKAHEAD")
@@ -77,28 +72,3 @@ def test_a_window_is_applied_where_every_layer_has_it(changes, window, monkeypat
     assert model.attn.window == window
     assert [line for line in said if "some layers" in line and "last 48 positions" in line] == said
     assert bool(said) == (window is None)
-
-
-def test_weights_ahead_are_chosen_by_their_variable(monkeypatch):
-    monkeypatch.delenv(ahead.VARIABLE, raising=False)
-    assert ahead.chosen(cpu=False) == (False, "default")
-    monkeypatch.setenv(ahead.VARIABLE, "1")
-    assert ahead.chosen(cpu=False) == (True, f"{ahead.VARIABLE}=1")
-    assert ahead.chosen(cpu=True) == (False, "the engine runs on a CPU")
-    monkeypatch.setenv(ahead.VARIABLE, "yes")
-    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
-        ahead.chosen(cpu=False)
-
-
-def test_weights_know_which_one_follows(tmp_path):
-    directory = save(build("llama_gqa", torch.float16), tmp_path)
-    engine = build_engine(directory, "wf6af16", max_context=128, memory_config={"mode": "allocate", "size": 8})
-    layers = list(engine.model()._transformer)
-    weights = [getattr(layer, name) for layer in layers for name in ahead.ORDER]
-    for weight, following in zip(weights, [*weights[1:], weights[0]]):
-        assert following_weight(weight).data_ptr() == following.data_ptr()
-    last = weights[-1]
-    del engine, layers, weights, weight, following
-    gc.collect()
-    assert following_weight(last) is None
-

@@ -19,7 +19,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tenso
                   int64_t group_size);
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
                         const std::optional<at::Tensor>& bias, int64_t exponent_bits, int64_t mantissa_bits,
-                        int64_t group_size, int64_t activation, const std::optional<at::Tensor>& next);
+                        int64_t group_size, int64_t activation);
 std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& w, int64_t exponent_bits, int64_t mantissa_bits,
                                             int64_t group_size, const std::optional<at::Tensor>& scales);
 at::Tensor dequantize(const at::Tensor& packed, const at::Tensor& scales, int64_t exponent_bits, int64_t mantissa_bits,

@@ -122,9 +122,8 @@ std::string kernel_name(int64_t m, int64_t n, int64_t k, int64_t exponent_bits, 
 
 namespace {
 
-Tensor linear_before(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
-                        int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size, Gate gate,
-                        const Tensor& next) {
+Tensor linear_with_gate(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+                        int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size, Gate gate) {
     const int bits = check_format(exponent_bits, mantissa_bits);
     TORCH_CHECK_VALUE(packed.is_cuda(), "packed must be on a CUDA device, got ", packed.device());
     check_device("x", x, "packed", packed.device());
@@ -168,10 +167,6 @@ Tensor linear_before(const Tensor& x, const Tensor& packed, const Tensor& scales
     p.bias = dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr;
     p.bias_dtype = dense_bias.defined() && dense_bias.scalar_type() == at::kFloat ? Dtype::kFloat32 : p.dtype;
     p.gate = gate;
-    if (next.defined()) {
-        p.next_tiles = next.const_data_ptr<uint8_t>();
-        p.next_n = static_cast<int>(next.size(0) * kPanelRows), p.next_k = static_cast<int>(next.size(1) * kPanelColumns);
-    }
     p.y = y.mutable_data_ptr();
     p.m = static_cast<int>(m), p.n = n;
 
@@ -205,27 +200,17 @@ Tensor linear_before(const Tensor& x, const Tensor& packed, const Tensor& scales
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
               int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size) {
-    return linear_before(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, Gate::kNone, {});
+    return linear_with_gate(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, Gate::kNone);
 }
 
 Tensor fused_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
-                    int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size, int64_t activation,
-                    const std::optional<Tensor>& next) {
+                    int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size, int64_t activation) {
     const auto gate = static_cast<Gate>(activation);
-    if (gate != Gate::kNone) {
-        TORCH_CHECK_VALUE(gate == Gate::kGeglu || gate == Gate::kReglu || gate == Gate::kSiglu,
-                          "a gated activation is 3 (GELU), 4 (ReLU), 5 (SiLU) or 0 for none, got ", activation);
-        TORCH_CHECK_VALUE(scales.dim() == 2 && scales.size(0) % 2 == 0,
-                          "gates need scales [N, groups] with an even N, got ", scales.sizes());
-    }
-    if (next.has_value()) {
-        check_device("next", *next, "packed", packed.device());
-        TORCH_CHECK_VALUE(next->dim() == 3 && next->is_contiguous() && next->size(2) == packed.size(-1),
-                          "next must be a packed weight of the same format, [panels, blocks of K, ", packed.size(-1),
-                          "], got ", next->sizes());
-    }
-    return linear_before(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, gate,
-                         next.value_or(Tensor()));
+    TORCH_CHECK_VALUE(gate == Gate::kGeglu || gate == Gate::kReglu || gate == Gate::kSiglu,
+                      "a gated activation is 3 (GELU), 4 (ReLU) or 5 (SiLU), got ", activation);
+    TORCH_CHECK_VALUE(scales.dim() == 2 && scales.size(0) % 2 == 0,
+                      "gates need scales [N, groups] with an even N, got ", scales.sizes());
+    return linear_with_gate(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, gate);
 }
 
 }  // namespace cuda

@@ -35,8 +35,6 @@ struct LinearProblem {
     const void* bias;      // [n] of bias_dtype, or null
     Dtype bias_dtype;      // dtype or fp32
     Gate gate;             // other than none for linear_sm90 only, where n is even
-    const uint8_t* next_tiles;  // null, or weights of the same format that the next call is expected to read: linear_sm90
-    int next_n, next_k;         // asks the memory for their beginning
     void* y;               // [m, n], with a gate [m, n / 2]; contiguous, 16-byte aligned
     int m, n, k;
 

@@ -71,10 +71,7 @@ __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
         exchange.wait_taken();
     } else {
         if constexpr (Shares::kMovesRegisters) registers_decrease<Shares::kProducerRegisters>();
-        if (warp == T::kConsumers * 4 && lane == 0) {
-            copy_weights(p, ring, worker, rank);
-            ask_ahead<C::kBits>(p.ahead, worker * T::kClusterK + rank, p.schedule.workers * T::kClusterK);
-        }
+        if (warp == T::kConsumers * 4 && lane == 0) copy_weights(p, ring, worker, rank);
         if (warp == T::kConsumers * 4 + 1 && lane == 0) {
             tensor_prefetch(&x_map);
             wait_for_earlier_grids();

@@ -59,46 +59,6 @@ cudaError_t prepare(int device) {
 constexpr int kTokensTogether = 1024;
 
 // `split`: how to share out the tiles; without workers, cut_split's choice.
-template <class T>
-Schedule schedule_of(const LinearProblem& problem, const Device& device, Split split) {
-    const Tiling tiling = Tiling::of<T>(problem, device);
-    if (split.workers == 0) split = tiling.cut();
-    return make_schedule(tiling.tiles_n, tiling.tiles_m, tiling.steps, split, kTokensTogether / T::kTokens);
-}
-
-// run(tile, std::bool_constant<channels have several scales>, split) as the heuristics have it.
-template <class Run>
-auto with_plan(const LinearProblem& problem, const Device& device, Run run) {
-    const Plan plan = choose_plan(problem, device);
-    if (problem.groups > 1) {
-        return with_grouped_tile(plan.tile, [&](auto tile) { return run(tile, std::true_type(), plan.split); });
-    }
-    return with_tile(plan.tile, [&](auto tile) { return run(tile, std::false_type(), plan.split); });
-}
-
-// What all blocks of the next layer are asked for together: the memory's work of some five microseconds, half of the L2.
-constexpr int kAheadBytes = 24 << 20;
-// With more tokens the tensor cores are the limit, and activations need the L2.
-constexpr int kMostTokensAhead = 64;
-
-template <int kBits>
-Ahead ahead_of(const LinearProblem& problem, const Device& device) {
-    if (problem.next_tiles == nullptr || problem.m > kMostTokensAhead) return {};
-    LinearProblem next = problem;
-    next.n = problem.next_n, next.k = problem.next_k;
-    return with_plan(next, device, [&](auto tile, auto, Split split) {
-        using T = decltype(tile);
-        Ahead ahead{};
-        ahead.tiles = problem.next_tiles;
-        ahead.schedule = schedule_of<T>(next, device, split);
-        ahead.panels = ceil_div(next.n, 64), ahead.k_blocks = ceil_div(next.k, 64);
-        ahead.tile_panels = T::kPanels, ahead.step_blocks = T::kBlocks, ahead.cluster = T::kClusterK;
-        const int blocks = ahead.schedule.workers * T::kClusterK;
-        ahead.steps = ceil_div(kAheadBytes / blocks, SharedLayout<T, kBits>::kWeightStage);
-        return ahead;
-    });
-}
-
 template <class T, class C, bool kGrouped>
 cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream,
                         Split split = {}) {
@@ -121,8 +81,9 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     p.m = problem.m, p.n = problem.n;
     p.groups = problem.groups, p.group_blocks = kGrouped ? problem.group_size / 64 : 1;
     p.panels = ceil_div(problem.n, 64), p.k_blocks = ceil_div(problem.k, 64);
-    p.schedule = schedule_of<T>(problem, device, split);
-    p.ahead = ahead_of<C::kBits>(problem, device);
+    const Tiling tiling = Tiling::of<T>(problem, device);
+    if (split.workers == 0) split = tiling.cut();
+    p.schedule = make_schedule(tiling.tiles_n, tiling.tiles_m, tiling.steps, split, kTokensTogether / T::kTokens);
     const size_t consumers = static_cast<size_t>(p.schedule.workers) * T::kClusterK * T::kGroups;  // that publish
     if (consumers * sizeof(uint32_t) > kWorkspaceFlagBytes ||
         consumers * T::kOwnPanels * T::kOwnSums * 128 * sizeof(float) > kWorkspaceBytes - kWorkspaceFlagBytes) {
@@ -148,9 +109,12 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
 template <class Fmt>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
     using C = Codes<Fmt>;
-    return with_plan(problem, device, [&](auto tile, auto grouped, Split split) {
-        return launch_tile<decltype(tile), C, decltype(grouped)::value>(problem, device, workspace, stream, split);
-    });
+    const Plan plan = choose_plan(problem, device);
+    const auto run = [&](auto tile, auto grouped) {
+        return launch_tile<decltype(tile), C, decltype(grouped)::value>(problem, device, workspace, stream, plan.split);
+    };
+    if (problem.groups > 1) return with_grouped_tile(plan.tile, [&](auto tile) { return run(tile, std::true_type()); });
+    return with_tile(plan.tile, [&](auto tile) { return run(tile, std::false_type()); });
 }
 
 }  // namespace sm90

@@ -3,7 +3,6 @@
 
 #include "common/layout.h"
 #include "linear.h"
-#include "linear_sm90_ahead.cuh"
 #include "linear_sm90_schedule.h"
 #include "linear_sm90_tile.h"
 #include "ptx_sm90.cuh"
@@ -29,7 +28,6 @@ struct Problem {
     int panels;    // ceil(n / 64)
     int k_blocks;  // ceil(k / 64)
     Schedule schedule;
-    Ahead ahead;
 };
 
 // Bytes of shared memory: activations first (their swizzle needs 1024-byte alignment), then weights, the staging of y,

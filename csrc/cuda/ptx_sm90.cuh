@@ -83,11 +83,6 @@ __device__ inline void bulk_copy(uint32_t target, const void* source, uint32_t b
         : "memory");
 }
 
-// Into the L2. bytes: a multiple of 16; source 16-byte aligned.
-__device__ inline void bulk_prefetch(const void* source, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-
 __device__ inline void tensor_prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

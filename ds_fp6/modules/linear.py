@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -16,20 +15,6 @@ from deepspeed.inference.v2.modules.interfaces import DSLinearBase, DSLinearRegi
 from ds_fp6 import ops
 from ds_fp6.formats import Mode
 from ds_fp6.weight import PackedWeight
-
-
-def follow(weights: list[InferenceParameter]) -> None:
-    """Notes that a forward pass reads packed weights in this order, and after the last the first."""
-    for weight, following in zip(weights, [*weights[1:], *weights[:1]]):
-        # Weak: parameters in a ring would outlive their model.
-        weight.following = weakref.ref(following)
-
-
-def following_weight(weight: InferenceParameter) -> torch.Tensor | None:
-    """The packed weight that comes after ``weight``, None where ``follow`` has not been told."""
-    following = getattr(weight, "following", None)
-    parameter = None if following is None else following()
-    return None if parameter is None else parameter.as_subclass(torch.Tensor)
 
 
 @DSLinearRegistry.register_module
@@ -58,9 +43,8 @@ class QuantizedLinear(DSLinearBase):
         self._dtype: torch.dtype = config.output_dtype
         self._device = torch.device(get_accelerator().current_device())
         on_gpu = self._device.type == "cuda"
-        #: Whether the matrix product is to apply the gate, and to ask for the next layer's weight, where its kernel can.
+        #: Whether the matrix product is to apply the gate, where its kernel can.
         self._fuses_gate = self._gated and on_gpu and implementation_config.get("fuses_gates", True)
-        self._asks_ahead = on_gpu and implementation_config.get("asks_ahead", False)
         #: fp32 [out, 1], set while a shard of a row-parallel weight is transformed: the scales of its full rows.
         self.row_scales: torch.Tensor | None = None
         if self._gated:
@@ -92,11 +76,8 @@ class QuantizedLinear(DSLinearBase):
             hidden_states, w.as_subclass(torch.Tensor), w.scales, bias,
             fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size,
         )  # fmt: skip
-        following = following_weight(w) if self._asks_ahead else None
-        if (self._fuses_gate or following is not None) and self._on_hopper(hidden_states.shape[:-1].numel()):
-            gate = self._activation.act_fn.value if self._fuses_gate else 0
-            y = ops.fused_linear(*arguments, gate, following)
-            return y if self._fuses_gate else self._activated(y)
+        if self._fuses_gate and self._on_hopper(hidden_states.shape[:-1].numel()):
+            return ops.fused_linear(*arguments, self._activation.act_fn.value)
         return self._activated(ops.linear(*arguments))
 
     def _activated(self, y: torch.Tensor) -> torch.Tensor:
@@ -110,7 +91,7 @@ class QuantizedLinear(DSLinearBase):
         return y
 
     def _on_hopper(self, rows: int) -> bool:
-        """Whether the CUDA kernel for so many rows is the one that takes gates and the next weight."""
+        """Whether the CUDA kernel for so many rows is the one that takes gates."""
         fmt = self.mode.format
         name = ops.cuda_kernel_name(
             rows, self._out_channels, self._config.in_channels,

@@ -52,11 +52,11 @@ def _startup_hooks() -> tuple[Hook, ...]:
 def _engine_hooks() -> tuple[Hook, ...]:
     from ds_fp6.integrations import checkpoint, load_format
     from ds_fp6.integrations.deepspeed import (
-        ahead, attention, batch, engine, graphs, kernels, models, pointwise, quantization,
+        attention, batch, engine, graphs, kernels, models, pointwise, quantization,
     )  # fmt: skip
 
     loading = Hook("deepspeed.inference.v2.checkpoint", "reads checkpoints tensor by tensor", checkpoint.install)
-    modules = (load_format, engine, batch, attention, graphs, kernels, pointwise, models, quantization, ahead)
+    modules = (load_format, engine, batch, attention, graphs, kernels, pointwise, models, quantization)
     return (loading, *(hook for module in modules for hook in module.HOOKS))
 
 

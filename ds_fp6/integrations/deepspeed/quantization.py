@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import torch
 
 from ds_fp6.formats import Mode
-from ds_fp6.integrations.deepspeed import ahead, models, pointwise, refusals
+from ds_fp6.integrations.deepspeed import models, pointwise, refusals
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.deepspeed.world import stand_alone
 from ds_fp6.integrations.patching import Hook, wrap
@@ -99,7 +99,7 @@ def _instantiate_linear(original, linear_config, engine_config):
 
     # Without Triton's kernels there are still this package's own.
     fuses_gates = os.environ.get(pointwise.VARIABLE, "").strip() != "upstream"
-    implementation = {"mode": mode, "fuses_gates": fuses_gates, "asks_ahead": ahead.chosen(on_cpu())[0]}
+    implementation = {"mode": mode, "fuses_gates": fuses_gates}
     bundle = ConfigBundle(name=QuantizedLinear.name(), config=linear_config, implementation_config=implementation)
     return DSLinearRegistry.instantiate_config(bundle)
 

@@ -147,26 +147,6 @@ static double activated(Gate gate, double x) {
     return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
 }
 
-// Up to 64 tokens, a launch that is told that it comes again asks for what each block then copies first, and for nothing
-// outside of the weights.
-template <class Launch>
-static bool asks_for_what_is_read_next(LinearProblem& p, Launch launch, const std::vector<uint8_t>& tiles) {
-    p.next_tiles = p.tiles, p.next_n = p.n, p.next_k = p.k;
-    sm90::prefetched.clear(), sm90::first_copied.clear();
-    bool right = launch() == cudaSuccess;
-    p.next_tiles = nullptr;
-    if (p.m > sm90::kMostTokensAhead) return right && sm90::prefetched.empty();
-    for (const auto& [block, address] : sm90::first_copied) {
-        bool asked = false;
-        for (const auto& [begin, bytes] : sm90::prefetched) asked |= begin <= address && address < begin + bytes;
-        if (!asked) std::printf("m %d n %d k %d: block %d was not asked for\n", p.m, p.n, p.k, block), right = false;
-    }
-    for (const auto& [begin, bytes] : sm90::prefetched) {
-        right &= tiles.data() <= begin && begin + bytes <= tiles.data() + tiles.size() - 16;
-    }
-    return right;
-}
-
 static bool check(int m, int n, int k, int group_size, int bias, int sms, int tile) {
     std::mt19937 random{static_cast<uint32_t>(m * 31 + n * 7 + k)};
     std::normal_distribution<float> normal;
@@ -241,7 +221,6 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
             return false;
         }
     }
-    if (tile == 0 && !asks_for_what_is_read_next(p, launch, tiles)) return false;
     if (n % 2 != 0) return true;
     constexpr Gate kGates[] = {Gate::kGeglu, Gate::kReglu, Gate::kSiglu};
     std::vector<Element> out(size_t(m + 1) * n / 2 + 8, Element(kPoison));

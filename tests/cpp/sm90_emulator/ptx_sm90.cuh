@@ -1,10 +1,6 @@
 // The emulated twin of csrc/cuda/ptx_sm90.cuh.
 #pragma once
 
-#include <map>
-#include <utility>
-#include <vector>
-
 #include "emulator.h"
 
 namespace ds_fp6 {
@@ -41,17 +37,8 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
 inline uint64_t policy_evict_first() { return 0; }
 inline uint64_t policy_evict_last() { return 0; }
 
-// Addresses that were asked for, and the first that each block copies weights from.
-inline std::vector<std::pair<const uint8_t*, uint32_t>> prefetched;
-inline std::map<int, const uint8_t*> first_copied;
-inline void bulk_prefetch(const void* source, uint32_t bytes) {
-    if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) std::printf("bad prefetch\n"), std::exit(3);
-    prefetched.emplace_back(static_cast<const uint8_t*>(source), bytes);
-}
-
 inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t address, uint64_t) {
     if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) std::printf("bad bulk copy\n"), std::exit(3);
-    first_copied.emplace(current->block->index, static_cast<const uint8_t*>(source));
     uint8_t* to = memory(target, 16);
     Barrier* b = &barrier(address);
     later([=] { std::memcpy(to, source, bytes), b->complete(bytes); });
