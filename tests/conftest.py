@@ -37,6 +37,8 @@ def _environment_is_left_alone():
     changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}  # pytest's and torch's own
     # Set by the first import of deepspeed, and by torch's first use of a GPU.
     changed -= {"PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_MODULE_LOADING"}
+    # Set by the first import of scikit-learn, which some versions of transformers import when they are imported.
+    changed -= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
     for name in changed:
         os.environ.pop(name, None) if name not in before else os.environ.__setitem__(name, before[name])
     assert not changed, f"the test changed these environment variables: {sorted(changed)}"
