@@ -44,8 +44,7 @@ def test_environment_says_what_is_in_use_and_why(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_ops, "problem", lambda: None)
     found = environment._engine()
-    assert found["cuda graphs"] == {"use": "on", "why": "default on a GPU"}
-    assert found["lookahead"] == {"use": "on", "why": "default on one GPU"}
+    assert found["cuda graphs"] == found["lookahead"] == {"use": "on", "why": "default on a GPU"}
     monkeypatch.setenv(attention.VARIABLE, "flash")
     found = environment._engine()
     assert found["attention"]["use"] == "refused" and "got 'flash'" in found["attention"]["why"]

@@ -241,7 +241,7 @@ def _measure_here(shape: Shape, engine_name: str, path: Path) -> int:
     vocabulary = engine.model().vocab_size
     tokens = {uid: torch.randint(vocabulary, (1,)) for uid in range(shape.batch)}
     prompt = torch.randint(vocabulary, (shape.prompt,)) if shape.prompt else None
-    steps = greedy_steps(engine, tokens, prompt, lookahead.chosen(cpu=False, ranks=shape.tp)[0])
+    steps = greedy_steps(engine, tokens, prompt, lookahead.chosen(cpu=False)[0])
 
     def read(count: int) -> list[float]:
         times = [time.perf_counter()]

@@ -24,19 +24,16 @@ from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.deepspeed.batch import fed, to_device
 from ds_fp6.integrations.mii.handover import Reading, ends_by_length
 
-#: ``1`` or ``0``; unset is 1 on one GPU.
+#: ``1`` or ``0``; unset is 1 on GPUs.
 VARIABLE = "DS_FP6_LOOKAHEAD"
 
 #: Stands in for a token that is not known on the host yet.
 _UNKNOWN = torch.zeros(1, dtype=torch.int64)
 
 
-def chosen(cpu: bool, ranks: int = 1) -> tuple[bool, str]:
-    """Whether steps are started ahead of their tokens, and why.
-
-    Args:
-        cpu: whether the engine runs on a CPU, where nothing runs beside the host and a token would only come later.
-        ranks: over how many a model is split. On several GPUs it has not been tried, and must be asked for.
+def chosen(cpu: bool) -> tuple[bool, str]:
+    """Whether steps are started ahead of their tokens, and why. ``cpu``: whether the engine runs on a CPU, where
+    nothing runs beside the host and a token would only come later.
 
     Raises ``ValueError`` for another value of the variable.
     """
@@ -45,16 +42,13 @@ def chosen(cpu: bool, ranks: int = 1) -> tuple[bool, str]:
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {text!r}")
     if text:
         return text == "1", f"{VARIABLE}={text}"
-    if cpu:
-        return False, "the engine runs on a CPU"
-    return ranks == 1, "default on one GPU" if ranks == 1 else "default with tensor parallelism"
+    return not cpu, "the engine runs on a CPU" if cpu else "default on a GPU"
 
 
 def agreed(engine) -> bool:
     """What was chosen. Raises ``ValueError`` in every rank where ranks chose differently."""
-    group = engine._base_mp_group
+    group, use = engine._base_mp_group, chosen(on_cpu())[0]
     ranks = torch.distributed.get_world_size(group=group)
-    use = chosen(on_cpu(), ranks)[0]
     if ranks > 1:
         choices = [use] * ranks
         torch.distributed.all_gather_object(choices, use, group=group)
