@@ -52,10 +52,10 @@ using Tile48WideCut =   Tile<4,  48,   2,    5,     2,      1,    2>;
 using Tile64 =          Tile<4,  64,   2,    5,     2,      1,    1>;
 using Tile64Cut =       Tile<2,  64,   2,    7,     2,      1,    2>;
 using Tile64WideCut =   Tile<4,  64,   2,    5,     2,      1,    2>;
-using Tile96 =          Tile<4,  96,   1,    7,     2,      1,    1>;
+using Tile96 =          Tile<4,  96,   2,    4,     2,      1,    1>;
 using Tile96Narrow =    Tile<2,  96,   2,    5,     2,      1,    1>;
 using Tile96Cut =       Tile<2,  96,   2,    5,     2,      1,    2>;
-using Tile128 =         Tile<4, 128,   1,    7,     2,      1,    1>;
+using Tile128 =         Tile<4, 128,   2,    3,     2,      1,    1>;
 using Tile128Narrow =   Tile<2, 128,   2,    5,     2,      1,    1>;
 using Tile128Cut =      Tile<2, 128,   2,    5,     2,      1,    2>;
 
