@@ -13,6 +13,7 @@ from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 
 from ds_fp6.integrations import deepspeed as deepspeed_hooks
 from ds_fp6.integrations import load_format as formats
+from ds_fp6.integrations.deepspeed.argmax import argmax
 from ds_fp6.integrations.deepspeed.batch import fed
 from ds_fp6.integrations.mii.handover import Reading
 
@@ -78,7 +79,7 @@ def greedy_steps(
     chosen = unread = None
     while True:
         with fed(engine, (slice(len(uids)), chosen[: len(uids)]) if chosen is not None and uids else None):
-            chosen = step(engine, batch).argmax(dim=-1)
+            chosen = argmax(step(engine, batch))
         if prompt is not None:
             engine.flush(fresh)
         reading = Reading(chosen)
@@ -102,7 +103,7 @@ def generate(
         for _ in range(new_tokens):
             start = time.perf_counter()
             # Reading the chosen tokens waits for the device, which also frees FastGen's pinned batch buffers.
-            chosen = step(engine, tokens).argmax(dim=-1).cpu()
+            chosen = argmax(step(engine, tokens)).cpu()
             seconds.append(time.perf_counter() - start)
             generated.append(chosen)
             tokens = {uid: chosen[i : i + 1] for i, uid in enumerate(tokens)}

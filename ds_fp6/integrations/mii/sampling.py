@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ds_fp6.integrations.deepspeed.argmax import argmax
 from ds_fp6.integrations.deepspeed.batch import to_device
 from ds_fp6.integrations.mii.handover import Reading
 
@@ -89,7 +90,7 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     device = logits.device
     offsets = [sampler.offsets() for sampler in samplers]
     sampled = [sampler.sampling.temperature >= GREEDY_BELOW for sampler in samplers]
-    chosen = logits.argmax(dim=-1)
+    chosen = argmax(logits)
     changed = [row for row in range(len(samplers)) if sampled[row] or offsets[row]]
     for start in range(0, len(changed), ROWS_AT_A_TIME):
         rows = changed[start : start + ROWS_AT_A_TIME]
@@ -99,7 +100,7 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
         if added:
             places = to_device([place[:2] for place in added], device).unbind(dim=1)
             some[places] += to_device([place[2] for place in added], device, torch.float32)
-        chosen[on_device] = some.argmax(dim=-1)
+        chosen[on_device] = argmax(some)
         drawn = [i for i, row in enumerate(rows) if sampled[row]]
         if drawn:
             drawn_rows = [rows[i] for i in drawn]
@@ -128,7 +129,7 @@ def _sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
         generator = sampler.generator(logits.device)
         if generator is not None:
             noise[row].exponential_(generator=generator)
-    return (scaled - noise.log()).argmax(dim=-1)
+    return argmax(scaled - noise.log())
 
 
 def _truncate(logits: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tensor:
