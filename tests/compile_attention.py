@@ -1,4 +1,4 @@
-"""Compiles the attention kernels without a GPU and prints, as JSON, what each takes of it: run as a program.
+"""Compiles the kernels of attention and argmax without a GPU and prints, as JSON, what each takes: run as a program.
 
     python tests/compile_attention.py CAPABILITY      (such as 90)
 """
@@ -16,26 +16,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_fp6.triton_ops import decode, plan, prefill
+from ds_fp6.triton_ops import argmax, decode, plan, prefill
 
 #: query heads per key/value head, head size, tokens in a cache block
 SHAPES = [(8, 128, 64), (1, 64, 128), (4, 80, 64), (1, 256, 64)]
 _STRIDES = ("q_stride", "qkv_stride", "out_stride", "block_stride", "token_stride")
+#: Integers that are multiples of 16.
+_ALIGNED = (*_STRIDES, "vocabulary", "row_stride")
 _TYPES = {
     "sequences": "*i32", "pointers": "*i64", "partials": "*fp32", "maxima": "*fp32", "sums": "*fp32",
     "counters": "*i32", "frequencies": "*fp32", "scale": "fp32", "window": "i32",
     "n_sequences": "i32", "program_tiles": "i32", **dict.fromkeys(_STRIDES, "i32"),
     **dict.fromkeys(("out", "q", "qkv", "cache"), "*fp16"),
 }  # fmt: skip
+_ARGMAX_TYPES = {
+    "out": "*i64", "keys": "*i64", "counters": "*i32", "vocabulary": "i32", "row_stride": "i32", "tiles_each": "i32",
+}  # fmt: skip
 
 
-def usage(kernel, constants: dict, tile: plan.Tile, capability: int) -> dict[str, int]:
+def usage(kernel, constants: dict, tile: plan.Tile, capability: int, types: dict[str, str] = _TYPES) -> dict[str, int]:
     """Bytes of shared memory and of a thread's stack, registers of a thread."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _TYPES[name] for name in names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-        if name in _STRIDES or signature[name].startswith("*")
+        if name in _ALIGNED or signature[name].startswith("*")
     }  # fmt: skip
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -65,6 +70,11 @@ def main() -> None:
             }  # fmt: skip
             name = f"prefill {group} {head}" + " long" * long
             found[name] = usage(prefill._prefill_kernel, constants, tile, capability)
+    for kind in ("fp16", "bf16", "fp32"):
+        constants = {"TILE": argmax.TILE, "OVERLAP": capability >= 90}
+        tile = plan.Tile(rows=1, keys=argmax.TILE, warps=argmax.WARPS, stages=3)
+        types = {**_ARGMAX_TYPES, "logits": f"*{kind}"}
+        found[f"argmax {kind}"] = usage(argmax._argmax_kernel, constants, tile, capability, types)
     json.dump(found, sys.stdout)
 
 

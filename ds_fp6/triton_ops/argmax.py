@@ -136,7 +136,8 @@ def argmax(
     Raises ``ValueError`` for logits of another kind, and for a workspace that has no room for the rows.
     """
     if logits.dim() != 2 or logits.dtype not in DTYPES:
-        raise ValueError(f"logits must be fp16, bf16 or fp32 [rows, vocabulary], got {logits.dtype} {list(logits.shape)}")
+        found = f"{logits.dtype} {list(logits.shape)}"
+        raise ValueError(f"logits must be fp16, bf16 or fp32 [rows, vocabulary], got {found}")
     rows, vocabulary = logits.shape
     if not 0 < vocabulary <= MOST_VALUES:
         raise ValueError(f"a row must have 1 to {MOST_VALUES} values, got {vocabulary}")

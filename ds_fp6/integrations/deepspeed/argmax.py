@@ -1,4 +1,4 @@
-"""The likeliest token of each row: by Triton's kernel of this package where pointwise ones are ours, by torch elsewhere.
+"""The likeliest token of each row: by Triton's kernel of this package where pointwise ones are ours, else by torch.
 
 Torch gives a row to one block of threads, whatever its length.
 """

@@ -22,6 +22,7 @@ import torch
 
 from ds_fp6.integrations.deepspeed import attention
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
+from ds_fp6.integrations.deepspeed.argmax import argmax
 from ds_fp6.integrations.patching import Hook, wrap
 
 #: ``1`` or ``0``; unset is 1.
@@ -274,7 +275,10 @@ def warm_up(engine) -> None:
     prompt, token = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     batches = [{0: prompt}] * (room >= 2) + [{0: token}] + [{0: token, 1: prompt}] * (room >= 3 and most >= 2)
     for batch in batches:
-        engine.put(list(batch), list(batch.values()), do_checks=False)
+        logits = engine.put(list(batch), list(batch.values()), do_checks=False)
+    # Tokens are chosen among logits as they are, or in fp32 where there is more to it than the largest.
+    for values in (logits, logits.float()):
+        argmax(values)
     if room >= 2 and hasattr(engine._model.attn, "long_prompt"):
         # The kernel for long prompts has another tile.
         kept, engine._model.attn.long_prompt = engine._model.attn.long_prompt, 0

@@ -1,6 +1,7 @@
 """Which norms and gated activations the engine runs on a GPU: Triton's kernels of this package, or DeepSpeed's own.
 
-They compute the same. Ours let the linear layer behind them start ahead, which it uses to fetch its weights.
+They compute the same. Ours let the linear layer behind them start ahead, which it uses to fetch its weights. The
+choice holds for ``argmax`` too.
 """
 
 from __future__ import annotations

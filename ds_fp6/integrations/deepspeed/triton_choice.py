@@ -20,9 +20,8 @@ def chosen(variable: str, cpu: bool) -> tuple[str, str]:
         raise ValueError(f"{variable} must be {' or '.join(CHOICES)}, got {text!r}")
     if text == "upstream":
         return "upstream", f"{variable}=upstream"
-    problem = triton_ops.problem()
-    if cpu and not (text and interpreted()):
-        problem = "the engine runs on a CPU"
+    on_cpu = cpu and not (text and interpreted())
+    problem = "the engine runs on a CPU" if on_cpu else triton_ops.problem()
     if text and problem:
         raise ValueError(f"{variable}=triton cannot be had: {problem}")
     if problem:
