@@ -1,7 +1,7 @@
 """Triton kernels of the attention layer (rotary embedding and cache writes, decode and prefill attention), of norms and
 gated activations, and of the choice of the likeliest tokens.
 
-The attention layer's work on FastGen's ragged batch as it lies on the device:
+Those of the attention layer work on FastGen's ragged batch as it lies on the device:
     metadata   int32 [2]          tokens and sequences in the batch
     sequences  int32 [n_seqs, 4]  first token, tokens, tokens seen before, unused
     tokens     int32 [n_tokens]   the sequence of each token
