@@ -32,7 +32,7 @@ CASES = [
     (128, 300, 904, 0, 1, 6, 10), (300, 600, 328, 0, 1, 6, 9), (300, 520, 328, 0, 1, 6, 8),
     (48, 520, 1032, 0, 1, 4, 11), (37, 300, 904, 0, 0, 6, 12), (41, 300, 776, 0, 2, 6, 13), (90, 300, 776, 0, 1, 3, 14),
     (96, 264, 520, 0, 0, 4, 15), (190, 200, 776, 0, 1, 6, 16), (64, 300, 1032, 0, 1, 6, 0), (64, 300, 904, 0, 0, 6, 17),
-    (65, 300, 520, 0, 1, 4, 0), (128, 520, 776, 0, 0, 7, 0), (200, 256, 640, 0, 2, 3, 0),
+    (13, 200, 3000, 0, 1, 8, 18), (3, 64, 4096, 0, 0, 4, 18), (16, 520, 1032, 0, 2, 6, 18), (65, 300, 520, 0, 1, 4, 0), (128, 520, 776, 0, 0, 7, 0), (200, 256, 640, 0, 2, 3, 0),
 ]  # fmt: skip
 GROUPED = [(5, 100, 520, 64, 1, 3, 0), (16, 200, 776, 128, 0, 4, 0), (30, 300, 520, 192, 1, 3, 0), (100, 257, 648, 128, 2, 3, 0)]
 
@@ -125,7 +125,7 @@ def test_ptxas_neither_spills_nor_serializes(tmp_path: Path) -> None:
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
-    assert len(kernels) == 23 and set(kernels) == {("0", "0")}, report
+    assert len(kernels) == 24 and set(kernels) == {("0", "0")}, report
     # Warpgroups hand registers around (setmaxnreg) out of what the block starts with: with less they would wait forever.
     for tile, start in {"TileILi4ELi128E": 168, "TileILi2ELi32ELi4E": 96}.items():
         used = re.findall(rf"entry function '\w*{tile}\w*'.*?Used (\d+) registers", report, re.DOTALL)

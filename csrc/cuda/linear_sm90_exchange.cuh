@@ -51,34 +51,35 @@ public:
             named_sync(kTurnsBarrier, kAll);
             if (turn_ != 0) {
                 visit4(sums, [&](float4 sum, int i) {
-                    store_shared_16(buffer(turn_ - 1) + i * 2048, sum);
+                    store_shared_16(of_turn(turn_) + i * 2048, sum);
                     return sum;
                 });
             }
             named_sync(kTurnsBarrier, kAll);
             if (turn_ != 0) return false;
-            for (int turn = 0; turn < T::kSplit - 1; ++turn) {
-                visit4(sums, [&](float4 sum, int i) { return sum + load_shared_float4(buffer(turn) + i * 2048); });
+#pragma unroll
+            for (int turn = 1; turn < T::kSplit; ++turn) {
+                visit4(sums, [&](float4 sum, int i) { return sum + load_shared_float4(of_turn(turn) + i * 2048); });
             }
         }
         return true;
     }
 
-    // Sums of this block's half of the tokens, of both blocks.
+    // The first consumer of each group: sums of this block's half of the tokens, of both blocks.
     __device__ OwnSums& add_up_cluster(Sums& sums, OwnSums& storage) {
         if constexpr (T::kClusterK == 1) {
             return sums;
         } else {
-            if (thread_ == 0) barrier_arrive_expect(arrived(base_, group_), Layout::kExchange);
+            if (thread_ == 0) barrier_arrive_expect(arrived(base_, group_), Layout::kPairBytes);
             const uint32_t other = rank_ ^ 1;
-            const uint32_t target = map_to_rank(buffer(0), other), signal = map_to_rank(arrived(base_, group_), other);
+            const uint32_t target = map_to_rank(of_pair(), other), signal = map_to_rank(arrived(base_, group_), other);
             wait_taken();
             visit4(storage, [&](float4, int i) {
                 store_async_16(target + i * 2048, half_of(sums, i, rank_ ^ 1), signal);
                 return half_of(sums, i, rank_);
             });
             barrier_wait(arrived(base_, group_), parity_);
-            visit4(storage, [&](float4 sum, int i) { return sum + load_shared_float4(buffer(0) + i * 2048); });
+            visit4(storage, [&](float4 sum, int i) { return sum + load_shared_float4(of_pair() + i * 2048); });
             __syncwarp();
             if (thread_ % 32 == 0) barrier_arrive_cluster(map_to_rank(taken(base_, group_), other));
             parity_ ^= 1;
@@ -88,15 +89,19 @@ public:
 
     // What this block sent has been read: before it may leave, and before it may send again.
     __device__ void wait_taken() const {
-        if constexpr (T::kClusterK > 1) barrier_wait(taken(base_, group_), parity_ ^ 1);
+        if constexpr (T::kClusterK > 1) {
+            if (turn_ == 0) barrier_wait(taken(base_, group_), parity_ ^ 1);
+        }
     }
 
 private:
     static constexpr int kTurnsBarrier = 1;
 
-    // This group's buffer for the `turn`-th other consumer, or for the other block.
-    __device__ uint32_t buffer(int turn) const {
-        return base_ + Layout::kExchangeAt + (group_ + turn * T::kGroups) * Layout::kExchange + thread_ * 16;
+    // This group's buffers: of each consumer after the first, and of the other block.
+    __device__ uint32_t of_turn(int turn) const { return buffer() + (turn - 1) * Layout::kTurnBytes; }
+    __device__ uint32_t of_pair() const { return buffer() + (T::kSplit - 1) * Layout::kTurnBytes; }
+    __device__ uint32_t buffer() const {
+        return base_ + Layout::kExchangeAt + group_ * (Layout::kExchange / T::kGroups) + thread_ * 16;
     }
 
     __device__ static float4 half_of(const Sums& sums, int i, int half) {

@@ -12,7 +12,7 @@ namespace cuda {
 namespace sm90 {
 
 enum class TileChoice {
-    k8, k8Wide, k16, k16Wide, k32, k32Cut, k32Wide, k32Grouped, k48, k48Cut, k48WideCut, k64, k64Cut, k64WideCut,
+    k8, k8Wide, k16, k16Cut, k16Wide, k32, k32Cut, k32Wide, k32Grouped, k48, k48Cut, k48WideCut, k64, k64Cut, k64WideCut,
     k96, k96Narrow, k96Cut, k128, k128Narrow, k128Cut
 };
 
@@ -41,6 +41,7 @@ auto with_tile(TileChoice choice, Run run) {
         case TileChoice::k8Wide: return run(Tile8Wide());
         case TileChoice::k16: return run(Tile16());
         case TileChoice::k16Wide: return run(Tile16Wide());
+        case TileChoice::k16Cut: return run(Tile16Cut());
         case TileChoice::k32: return run(Tile32());
         case TileChoice::k32Cut: return run(Tile32Cut());
         case TileChoice::k32Wide: return run(Tile32Wide());
@@ -77,6 +78,12 @@ struct Tiling {
     bool one_round() const { return tiles() <= most_workers && 10 * tiles() >= 9 * most_workers; }
     // Every worker has the same number of whole tiles.
     bool even() const { return tiles() % cut().workers == 0; }
+    // Whole tiles where they take one round that is at most `steps` steps longer than cut ones would take: adding up is
+    // three trips to the L2.
+    Split whole_if_cutting_saves(int most_steps) const {
+        const int saved = steps - ceil_div(tiles() * steps, cut().workers);
+        return tiles() <= most_workers && saved <= most_steps ? whole() : Split{};
+    }
 };
 
 // Up to 64 tokens the narrowest tile that holds them all reads and dequantizes each weight once. Then, with the times
@@ -85,35 +92,44 @@ struct Tiling {
 //
 //   tokens  condition                         tile      reason
 //   <= 8    more tiles of 2 panels than SMs   wide      half the activations' traffic: gate_up 82.6 (narrow 85.3)
+//           a short K, fewer tiles than SMs   whole     8B's qkv and o, in a decode step: 2.0 and 1.0 less than cut
 //   <= 16   the same, or tiles of 1 panel     wide      gate_up 83.5 (87.1), qkv 18.5 (18.8); o 16.0 (15.1): adding up
 //           would be cut as well                        tiles that are cut costs more than the traffic
-//   <= 32   tiles of 4 panels for most SMs    wide      gate_up 89.3 (two panels 92.0)
-//           small, one round of pairs         cut       pairs of blocks add up through shared memory: o 15.8 (16.8)
+//           small, one round of pairs         cut       8B's down, in a decode step: 0.9 less
+//   <= 32   tiles of 4 panels for all SMs     wide      gate_up 89.3 (two panels 92.0); 8B's 2.6 more
+//           small, no more than one round     cut       pairs of blocks add up through shared memory: o 15.8 (16.8), 8B's
+//           of pairs                                    down 1.9 less in a decode step; whole, as above, qkv and o 2.3 less
 //           any                               two panels
 //   <= 48   tiles of 4 panels for most SMs    wide      gate_up 96.7 (tiles of 64 tokens 105.0)
 //           >= 2^27 weights                   wide cut  down 50.0 (64 tokens 54.6)
 //           any                               cut       qkv 24.2, o 18.5 (64 tokens 25.5, 19.4; wide 25.5, 20.8)
 //   <= 64   the same                                    gate_up 110 (cut 115), down 56.2 (wide 57.6), o 19.3 (wide 22.5)
-inline TileChoice choose_tile_of_few_tokens(const LinearProblem& p, const Device& device) {
+inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     const auto fill = [&](auto tile, int quarters) {
         return 4 * Tiling::of<decltype(tile)>(p, device).tiles() >= quarters * device.sms;
     };
     const bool large = static_cast<int64_t>(p.n) * p.k >= 1 << 27;
-    if (p.m <= 8) return fill(Tile8Wide(), 4) ? TileChoice::k8Wide : TileChoice::k8;
+    if (p.m <= 8) {
+        if (fill(Tile8Wide(), 4)) return {TileChoice::k8Wide};
+        return {TileChoice::k8, Tiling::of<Tile8>(p, device).whole_if_cutting_saves(10)};
+    }
     if (p.m <= 16) {
-        if (fill(Tile16Wide(), 4)) return TileChoice::k16Wide;
-        return fill(Tile16Wide(), 2) && !Tiling::of<Tile16>(p, device).even() ? TileChoice::k16Wide : TileChoice::k16;
+        if (fill(Tile16Wide(), 4)) return {TileChoice::k16Wide};
+        if (!large && Tiling::of<Tile16Cut>(p, device).one_round()) return {TileChoice::k16Cut};
+        return {fill(Tile16Wide(), 2) && !Tiling::of<Tile16>(p, device).even() ? TileChoice::k16Wide : TileChoice::k16};
     }
     if (p.m <= 32) {
-        if (fill(Tile32Wide(), 3)) return TileChoice::k32Wide;
-        return !large && Tiling::of<Tile32Cut>(p, device).one_round() ? TileChoice::k32Cut : TileChoice::k32;
+        if (fill(Tile32Wide(), 4)) return {TileChoice::k32Wide};
+        const Tiling pairs = Tiling::of<Tile32Cut>(p, device);
+        if (large || pairs.tiles() > pairs.most_workers) return {TileChoice::k32};
+        return {TileChoice::k32Cut, pairs.whole_if_cutting_saves(16)};
     }
     if (p.m <= 48) {
-        if (fill(Tile48(), 3)) return TileChoice::k48;
-        return large ? TileChoice::k48WideCut : TileChoice::k48Cut;
+        if (fill(Tile48(), 3)) return {TileChoice::k48};
+        return {large ? TileChoice::k48WideCut : TileChoice::k48Cut};
     }
-    if (fill(Tile64(), 3)) return TileChoice::k64;
-    return large ? TileChoice::k64WideCut : TileChoice::k64Cut;
+    if (fill(Tile64(), 3)) return {TileChoice::k64};
+    return {large ? TileChoice::k64WideCut : TileChoice::k64Cut};
 }
 
 // What a tile costs, in times of a tile of 256 channels x 128 tokens with all SMs busy (89 us at k = 8192, where adding
@@ -171,7 +187,7 @@ inline TileChoice choose_grouped_tile(const LinearProblem& p) {
 inline Plan choose_plan(const LinearProblem& p, const Device& device) {
     if (p.groups > 1) return {choose_grouped_tile(p)};
     if (p.m > 64) return plan_for_many_tokens(p, device);
-    return {choose_tile_of_few_tokens(p, device)};
+    return plan_for_few_tokens(p, device);
 }
 
 }  // namespace sm90

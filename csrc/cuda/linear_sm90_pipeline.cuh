@@ -42,13 +42,15 @@ struct SharedLayout {
     static_assert(T::kOwnTokens % kStagedTokens == 0, "parts of one size");
     // Of one consumer: tokens, stored in sixteens, x 64 channels of 2 bytes.
     static constexpr int kStaging = (kStagedTokens + 15) / 16 * 16 * 128;
-    static constexpr int kExchange = T::kOwnPanels * T::kOwnSums * 128 * 4;  // of one consumer: fp32 sums
-    static constexpr int kExchanges = T::kGroups * (T::kSplit - 1 + T::kClusterK - 1);
+    // fp32 sums of one consumer, on their way to another one of the block, and to the other block of the cluster.
+    static constexpr int kTurnBytes = T::kSplit > 1 ? T::kOwnPanels * T::kSums * 128 * 4 : 0;
+    static constexpr int kPairBytes = T::kClusterK > 1 ? T::kOwnPanels * T::kOwnSums * 128 * 4 : 0;
+    static constexpr int kExchange = T::kGroups * ((T::kSplit - 1) * kTurnBytes + kPairBytes);
 
     static constexpr int kMost = 227 * 1024, kBarrierBytes = (2 * T::kStages + 2 * T::kGroups) * 8;
     static constexpr int kTokenScaleBytes = T::kGroups * T::kOwnTokens * 2;
     static constexpr int kFitting =
-        (kMost - T::kGroups * kStaging - kExchanges * kExchange - kTokenScaleBytes - kBarrierBytes) /
+        (kMost - T::kGroups * kStaging - kExchange - kTokenScaleBytes - kBarrierBytes) /
         (kWeightStage + kActivationStage);
     static constexpr int kStages = T::kStages < kFitting ? T::kStages : kFitting;
     static_assert(kStages >= 3, "one stage in use, one to be released late, one under way");
@@ -56,7 +58,7 @@ struct SharedLayout {
     static constexpr int kWeights = kStages * kActivationStage;
     static constexpr int kStagings = kWeights + kStages * kWeightStage;
     static constexpr int kExchangeAt = kStagings + T::kGroups * kStaging;
-    static constexpr int kTokenScales = kExchangeAt + kExchanges * kExchange;
+    static constexpr int kTokenScales = kExchangeAt + kExchange;
     static constexpr int kBarriers = kTokenScales + kTokenScaleBytes;
     static constexpr int kBytes = kBarriers + kBarrierBytes;
 };

@@ -28,7 +28,6 @@ struct Tile {
     static_assert(kConsumers % kSplit == 0 && kPanels % kGroups == 0 && kBlocks % kSplit == 0, "even shares");
     static_assert(kUnits % 2 == 0, "the two register buffers alternate with the units");
     static_assert(kClusterK == 1 || kClusterK == 2, "blocks exchange halves");
-    static_assert(kSplit == 1 || kClusterK == 1, "one buffer for sums on their way");
     static_assert(kOwnTokens % 8 == 0, "whole n8 parts of the sums");
 };
 
@@ -41,6 +40,7 @@ struct Tile {
 using Tile8 =           Tile<1,   8,   4,    9,     2,      2,    1>;
 using Tile8Wide =       Tile<2,   8,   4,    8,     4,      2,    1>;
 using Tile16 =          Tile<1,  16,   4,   10,     2,      2,    1>;
+using Tile16Cut =       Tile<1,  16,   4,    8,     2,      2,    2>;
 using Tile16Wide =      Tile<2,  16,   4,    6,     4,      2,    1>;
 using Tile32Grouped =   Tile<2,  32,   2,   10,     2,      1,    1>;
 using Tile32 =          Tile<2,  32,   4,    5,     4,      2,    1>;

@@ -132,7 +132,7 @@ constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {
     kLaunch<sm90::Tile64WideCut>, kLaunch<sm90::Tile128>,         kLaunch<sm90::Tile128Narrow>,
     kLaunch<sm90::Tile128Cut>,    kLaunch<sm90::Tile48>,          kLaunch<sm90::Tile48Cut>,
     kLaunch<sm90::Tile48WideCut>, kLaunch<sm90::Tile96>,          kLaunch<sm90::Tile96Narrow>,
-    kLaunch<sm90::Tile96Cut>,     kLaunch<sm90::Tile64Cut>,
+    kLaunch<sm90::Tile96Cut>,     kLaunch<sm90::Tile64Cut>,     kLaunch<sm90::Tile16Cut>,
 };
 
 // What x's row i is scaled with.
