@@ -47,13 +47,15 @@ def test_every_format_for_every_number_of_tokens(kernel, fmt, dtype, generator):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
-@pytest.mark.parametrize("shape", [(8192, 8192), (29568 // 8, 8192), (8192, 29568 // 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8192, 8192), (4096, 4096), (6144, 4096), (29568 // 8, 8192), (8192, 29568 // 8)], ids=str
+)
 def test_large_layers(kernel, fmt, dtype, shape, generator):
     weight = RandomWeight(fmt, *shape, 0, generator)
     bias = torch.randn(shape[0], generator=generator).to(dtype).cuda()
     x = random_x(768, shape[1], dtype, generator)
     expected = Expected(x, weight, bias)
-    for m in (1, 3, 8, 16, 17, 33, 64, 100, 128, 200, 257, 768):
+    for m in (1, 3, 8, 9, 16, 17, 32, 33, 64, 100, 128, 200, 257, 768):
         expected.check(weight.linear(x[:m], bias), f"{fmt} {dtype} {m} x {shape}", m)
 
 
