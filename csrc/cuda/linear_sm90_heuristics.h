@@ -11,53 +11,15 @@ namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-enum class TileChoice {
-    k8, k8Wide, k16, k16Cut, k16Wide, k32, k32Cut, k32Wide, k32Grouped, k48, k48Cut, k48WideCut, k64, k64Cut, k64WideCut,
-    k96, k96Narrow, k96Cut, k128, k128Narrow, k128Cut
-};
-
-// A split without workers: cut_split's choice.
+// The tile's number in its list. A split without workers: cut_split's choice.
 struct Plan {
-    TileChoice tile;
+    int tile;
     Split split{};
 };
 
-// run(Tile) for the tile that was chosen where channels have several scales.
-template <class Run>
-auto with_grouped_tile(TileChoice choice, Run run) {
-    switch (choice) {
-        case TileChoice::k8: return run(Tile8());
-        case TileChoice::k16: return run(Tile16());
-        case TileChoice::k32Grouped: return run(Tile32Grouped());
-        default: return run(Tile64());
-    }
-}
-
-// The same where they have one.
-template <class Run>
-auto with_tile(TileChoice choice, Run run) {
-    switch (choice) {
-        case TileChoice::k8: return run(Tile8());
-        case TileChoice::k8Wide: return run(Tile8Wide());
-        case TileChoice::k16: return run(Tile16());
-        case TileChoice::k16Wide: return run(Tile16Wide());
-        case TileChoice::k16Cut: return run(Tile16Cut());
-        case TileChoice::k32: return run(Tile32());
-        case TileChoice::k32Cut: return run(Tile32Cut());
-        case TileChoice::k32Wide: return run(Tile32Wide());
-        case TileChoice::k48: return run(Tile48());
-        case TileChoice::k48Cut: return run(Tile48Cut());
-        case TileChoice::k48WideCut: return run(Tile48WideCut());
-        case TileChoice::k64: return run(Tile64());
-        case TileChoice::k64Cut: return run(Tile64Cut());
-        case TileChoice::k64WideCut: return run(Tile64WideCut());
-        case TileChoice::k96: return run(Tile96());
-        case TileChoice::k96Narrow: return run(Tile96Narrow());
-        case TileChoice::k96Cut: return run(Tile96Cut());
-        case TileChoice::k128Narrow: return run(Tile128Narrow());
-        case TileChoice::k128Cut: return run(Tile128Cut());
-        default: return run(Tile128());
-    }
+template <class T>
+Plan plan(Split split = {}) {
+    return {UngroupedTiles::number<T>(), split};
 }
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -97,8 +59,9 @@ struct Tiling {
 //           would be cut as well                        tiles that are cut costs more than the traffic
 //           small, one round of pairs         cut       8B's down, in a decode step: 0.9 less
 //   <= 32   tiles of 4 panels for all SMs     wide      gate_up 89.3 (two panels 92.0); 8B's 2.6 more
-//           small, no more than one round     cut       pairs of blocks add up through shared memory: o 15.8 (16.8), 8B's
-//           of pairs                                    down 1.9 less in a decode step; whole, as above, qkv and o 2.3 less
+//           small, no more than one round     cut       pairs of blocks add up through shared memory: o 15.8 (16.8);
+//           of pairs                                    in a decode step 8B's down 1.9 less; whole, as above, its qkv
+//                                                       and o 2.3 less
 //           any                               two panels
 //   <= 48   tiles of 4 panels for most SMs    wide      gate_up 96.7 (tiles of 64 tokens 105.0)
 //           >= 2^27 weights                   wide cut  down 50.0 (64 tokens 54.6)
@@ -110,26 +73,27 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     };
     const bool large = static_cast<int64_t>(p.n) * p.k >= 1 << 27;
     if (p.m <= 8) {
-        if (fill(Tile8Wide(), 4)) return {TileChoice::k8Wide};
-        return {TileChoice::k8, Tiling::of<Tile8>(p, device).whole_if_cutting_saves(10)};
+        if (fill(Tile8Wide(), 4)) return plan<Tile8Wide>();
+        return plan<Tile8>(Tiling::of<Tile8>(p, device).whole_if_cutting_saves(10));
     }
     if (p.m <= 16) {
-        if (fill(Tile16Wide(), 4)) return {TileChoice::k16Wide};
-        if (!large && Tiling::of<Tile16Cut>(p, device).one_round()) return {TileChoice::k16Cut};
-        return {fill(Tile16Wide(), 2) && !Tiling::of<Tile16>(p, device).even() ? TileChoice::k16Wide : TileChoice::k16};
+        if (fill(Tile16Wide(), 4)) return plan<Tile16Wide>();
+        if (!large && Tiling::of<Tile16Cut>(p, device).one_round()) return plan<Tile16Cut>();
+        const bool wide = fill(Tile16Wide(), 2) && !Tiling::of<Tile16>(p, device).even();
+        return wide ? plan<Tile16Wide>() : plan<Tile16>();
     }
     if (p.m <= 32) {
-        if (fill(Tile32Wide(), 4)) return {TileChoice::k32Wide};
+        if (fill(Tile32Wide(), 4)) return plan<Tile32Wide>();
         const Tiling pairs = Tiling::of<Tile32Cut>(p, device);
-        if (large || pairs.tiles() > pairs.most_workers) return {TileChoice::k32};
-        return {TileChoice::k32Cut, pairs.whole_if_cutting_saves(16)};
+        if (large || pairs.tiles() > pairs.most_workers) return plan<Tile32>();
+        return plan<Tile32Cut>(pairs.whole_if_cutting_saves(16));
     }
     if (p.m <= 48) {
-        if (fill(Tile48(), 3)) return {TileChoice::k48};
-        return {large ? TileChoice::k48WideCut : TileChoice::k48Cut};
+        if (fill(Tile48(), 3)) return plan<Tile48>();
+        return large ? plan<Tile48WideCut>() : plan<Tile48Cut>();
     }
-    if (fill(Tile64(), 3)) return {TileChoice::k64};
-    return {large ? TileChoice::k64WideCut : TileChoice::k64Cut};
+    if (fill(Tile64(), 3)) return plan<Tile64>();
+    return large ? plan<Tile64WideCut>() : plan<Tile64Cut>();
 }
 
 // What a tile costs, in times of a tile of 256 channels x 128 tokens with all SMs busy (89 us at k = 8192, where adding
@@ -159,33 +123,34 @@ inline double estimated_time(const Tiling& tiling, const Split& split, int k, co
 inline Plan plan_for_many_tokens(const LinearProblem& p, const Device& device) {
     Plan best{};
     double least = 0;
-    const auto consider = [&](TileChoice choice, const Tiling& tiling, const TileCost& cost) {
+    const auto consider = [&](auto tile, const TileCost& cost) {
+        using T = decltype(tile);
+        const Tiling tiling = Tiling::of<T>(p, device);
         for (const Split& split : {tiling.cut(), tiling.whole()}) {
             const double time = estimated_time(tiling, split, p.k, cost);
-            if (least == 0 || time < least) least = time, best = {choice, split};
+            if (least == 0 || time < least) least = time, best = plan<T>(split);
         }
     };
-    consider(TileChoice::k128, Tiling::of<Tile128>(p, device), {1.0, 0.077, 0.0});
-    consider(TileChoice::k128Narrow, Tiling::of<Tile128Narrow>(p, device), {0.524, 0.038, 0.0});
-    consider(TileChoice::k128Cut, Tiling::of<Tile128Cut>(p, device), {0.262, 0.019, 0.02});
+    consider(Tile128(), {1.0, 0.077, 0.0});
+    consider(Tile128Narrow(), {0.524, 0.038, 0.0});
+    consider(Tile128Cut(), {0.262, 0.019, 0.02});
     if (ceil_div(p.m, 96) * 96 >= ceil_div(p.m, 128) * 128) return best;
     // Fewer tokens that are not there. Tensor cores need three quarters of the time for 96, dequantization all of it:
     // gate_up 130 at 96 tokens (tiles of 128: 158) and 245 at 192 (299), qkv 29.7 and 49.0 (35.2 and 73.1).
-    consider(TileChoice::k96, Tiling::of<Tile96>(p, device), {0.74, 0.058, 0.0});
-    consider(TileChoice::k96Narrow, Tiling::of<Tile96Narrow>(p, device), {0.414, 0.029, 0.0});
-    consider(TileChoice::k96Cut, Tiling::of<Tile96Cut>(p, device), {0.207, 0.015, 0.016});
+    consider(Tile96(), {0.74, 0.058, 0.0});
+    consider(Tile96Narrow(), {0.414, 0.029, 0.0});
+    consider(Tile96Cut(), {0.207, 0.015, 0.016});
     return best;
 }
 
-// Two sets of sums leave no registers for more.
-inline TileChoice choose_grouped_tile(const LinearProblem& p) {
-    if (p.m <= 8) return TileChoice::k8;
-    if (p.m <= 16) return TileChoice::k16;
-    return p.m <= 32 ? TileChoice::k32Grouped : TileChoice::k64;
+inline Plan plan_for_groups(const LinearProblem& p) {
+    if (p.m <= 8) return {GroupedTiles::number<Tile8>()};
+    if (p.m <= 16) return {GroupedTiles::number<Tile16>()};
+    return {p.m <= 32 ? GroupedTiles::number<Tile32Grouped>() : GroupedTiles::number<Tile64>()};
 }
 
 inline Plan choose_plan(const LinearProblem& p, const Device& device) {
-    if (p.groups > 1) return {choose_grouped_tile(p)};
+    if (p.groups > 1) return plan_for_groups(p);
     if (p.m > 64) return plan_for_many_tokens(p, device);
     return plan_for_few_tokens(p, device);
 }

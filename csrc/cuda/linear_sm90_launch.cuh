@@ -113,8 +113,10 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
     const auto run = [&](auto tile, auto grouped) {
         return launch_tile<decltype(tile), C, decltype(grouped)::value>(problem, device, workspace, stream, plan.split);
     };
-    if (problem.groups > 1) return with_grouped_tile(plan.tile, [&](auto tile) { return run(tile, std::true_type()); });
-    return with_tile(plan.tile, [&](auto tile) { return run(tile, std::false_type()); });
+    if (problem.groups > 1) {
+        return GroupedTiles::with(plan.tile, [&](auto tile) { return run(tile, std::true_type()); });
+    }
+    return UngroupedTiles::with(plan.tile, [&](auto tile) { return run(tile, std::false_type()); });
 }
 
 }  // namespace sm90

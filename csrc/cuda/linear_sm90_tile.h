@@ -1,6 +1,8 @@
 // Tile shapes of the sm_90 kernel.
 #pragma once
 
+#include <type_traits>
+
 namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
@@ -58,6 +60,44 @@ using Tile96Cut =       Tile<2,  96,   2,    5,     2,      1,    2>;
 using Tile128 =         Tile<4, 128,   2,    3,     2,      1,    1>;
 using Tile128Narrow =   Tile<2, 128,   2,    5,     2,      1,    1>;
 using Tile128Cut =      Tile<2, 128,   2,    5,     2,      1,    2>;
+
+// Tiles by their numbers, so that a choice of one is a value.
+template <class... T>
+struct TileList {
+    template <class Wanted>
+    static constexpr int number() {
+        constexpr int kNumber = [] {
+            int number = -1, at = 0;
+            ((number = std::is_same_v<T, Wanted> ? at : number, ++at), ...);
+            return number;
+        }();
+        static_assert(kNumber >= 0, "a tile of the list");
+        return kNumber;
+    }
+
+    // run(the tile of that number).
+    template <class Run>
+    static auto with(int number, Run run) {
+        return with_first<Run, T...>(number, run);
+    }
+
+private:
+    template <class Run, class First, class... Rest>
+    static auto with_first(int number, Run& run) {
+        if constexpr (sizeof...(Rest) == 0) {
+            return run(First());
+        } else {
+            return number == 0 ? run(First()) : with_first<Run, Rest...>(number - 1, run);
+        }
+    }
+};
+
+// Where channels have one scale, and where they have several: two sets of sums leave no registers for more.
+using UngroupedTiles =
+    TileList<Tile8, Tile8Wide, Tile16, Tile16Cut, Tile16Wide, Tile32, Tile32Cut, Tile32Wide, Tile48, Tile48Cut,
+             Tile48WideCut, Tile64, Tile64Cut, Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow,
+             Tile128Cut>;
+using GroupedTiles = TileList<Tile8, Tile16, Tile32Grouped, Tile64>;
 
 }  // namespace sm90
 }  // namespace cuda

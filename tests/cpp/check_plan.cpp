@@ -29,7 +29,7 @@ int main() {
                     p.m = m, p.n = n, p.k = k, p.groups = 1;
                     const Device device{0, 9, 0, sms, 227 * 1024};
                     const Plan plan = choose_plan(p, device);
-                    with_tile(plan.tile, [&](auto tile) {
+                    UngroupedTiles::with(plan.tile, [&](auto tile) {
                         using T = decltype(tile);
                         const Tiling tiling = Tiling::of<T>(p, device);
                         if (m <= 64 && tiling.tiles_m != 1) {
