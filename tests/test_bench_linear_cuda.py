@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_fp6.bench.__main__ import main
-from ds_fp6.bench.linear_cuda import Ceilings, Result, as_json, header, line, means, plot, summary
+from ds_fp6.bench.linear_cuda import Ceilings, Result, activations, as_json, header, line, means, plot, summary
 
 CEILINGS = Ceilings(bandwidth=4e12, operations=8e14)
 
@@ -43,6 +43,17 @@ def test_a_line_has_a_column_for_each_title():
 def test_refuses_without_a_gpu_or_with_fp32(more: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(["linear", "--device", "cuda", *more]) == 2
     assert "--device cuda: " in capsys.readouterr().err
+
+
+def test_share_of_zeros(capsys: pytest.CaptureFixture[str]):
+    for zeros in (0.0, 0.25, 1.0):
+        x = activations(64, 1024, torch.float16, zeros, "cpu")
+        assert x.shape == (64, 1024) and (x == 0).float().mean() == pytest.approx(zeros, abs=0.02)
+    with pytest.raises(SystemExit):
+        main(["linear", "--zeros", "2"])
+    assert "must be a number from 0 to 1, got '2'" in capsys.readouterr().err
+    assert main(["linear", "--zeros", "0.5"]) == 2
+    assert "--zeros: for --device cuda" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")

@@ -266,6 +266,16 @@ def _format(text: str) -> Format:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return share
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=sorted([*DEVICES, "cuda"]))
     names = ", ".join(models.CONFIGS)
@@ -277,6 +287,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="both", choices=[*DTYPES, "both"], help=types)
     parser.add_argument("--format", type=_format, default=Format(3, 2), help="of the weights (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=0, help="weights that share a scale; 0: a row")
+    parser.add_argument(
+        "--zeros", type=_share, default=0.0, metavar="SHARE",
+        help="of x that is 0, from 0 to 1 (--device cuda): a GPU at its power limit is faster on zeros",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the speed-up over M into this file (--device cuda)")
@@ -288,6 +302,9 @@ def run(args: argparse.Namespace) -> int:
         from ds_fp6.bench import linear_cuda
 
         return linear_cuda.run(args)
+    if args.zeros:
+        print("--zeros: for --device cuda", file=sys.stderr)
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

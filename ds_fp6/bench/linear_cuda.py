@@ -181,8 +181,14 @@ class Weights:
         ]
 
 
-def race(shape: models.LinearShape, m: int, weights: Weights, ceilings: Ceilings) -> Result:
-    x = torch.randn((m, shape.k), dtype=weights.dense[0].dtype, device="cuda")
+def activations(m: int, k: int, dtype: torch.dtype, zeros: float, device: str = "cuda") -> torch.Tensor:
+    """Normally distributed x [m, k], of which about the share ``zeros`` is 0."""
+    x = torch.randn((m, k), dtype=dtype, device=device)
+    return x.masked_fill_(torch.rand((m, k), device=device) < zeros, 0) if zeros else x
+
+
+def race(shape: models.LinearShape, m: int, weights: Weights, ceilings: Ceilings, zeros: float) -> Result:
+    x = activations(m, shape.k, weights.dense[0].dtype, zeros)
     errors = weights.errors(x, f"{shape.name} {shape.n}x{shape.k}, M = {m}")
     dense = ceilings.floor(shape.n, shape.k, m, 16)
     launches = max(2, min(48, int(GRAPH_SECONDS / dense)))
@@ -273,7 +279,8 @@ def run(args: Namespace) -> int:
     ceilings = measure_ceilings(dtype)
     print(
         f"{torch.cuda.get_device_name()}: {ceilings.bandwidth / 1e12:.2f} TB/s, "
-        f"{ceilings.operations / 1e12:.0f} TFLOP/s; {args.format} weights, {args.format.bits} bits each",
+        f"{ceilings.operations / 1e12:.0f} TFLOP/s; {args.format} weights, {args.format.bits} bits each"
+        + (f"; {args.zeros:.0%} of x is 0" if args.zeros else ""),
         flush=True,
     )
     results: list[Result] = []
@@ -284,7 +291,7 @@ def run(args: Namespace) -> int:
             others = ["humming"] if weights.humming else []
             print(header(others), flush=True)
         for m in args.m or DEFAULT_M:
-            results.append(race(shape, m, weights, ceilings))
+            results.append(race(shape, m, weights, ceilings, args.zeros))
             print(line(results[-1], args.format.bits, others), flush=True)
         del weights
         torch.cuda.empty_cache()
