@@ -30,7 +30,7 @@ _schemas.define(
 # What the kernel of which cuda_kernel_name says "sm90" does besides: out of N channels, gates and values by turns, come
 # N / 2; `activation` is DeepSpeed's number, 3 GELU (tanh), 4 ReLU, 5 SiLU.
 _schemas.define(
-    "fused_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
+    "gated_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
     "int group_size, int activation) -> Tensor"
 )
 _schemas.define("pack(Tensor rows, int exponent_bits, int mantissa_bits, int in_features) -> Tensor")
@@ -41,7 +41,7 @@ _schemas.define(
 #: Operators by the dispatch key of the extension that has them.
 _OPERATORS = {
     "CPU": ("quantize", "dequantize", "linear"),
-    "CUDA": ("quantize", "dequantize", "linear", "fused_linear", "pack", "unpack"),
+    "CUDA": ("quantize", "dequantize", "linear", "gated_linear", "pack", "unpack"),
 }
 
 #: Rows (N) and columns (K) of the GPU layout's panels, see csrc/common/layout.h.
@@ -99,7 +99,7 @@ for _key in _OPERATORS:
 quantize = torch.ops.ds_fp6.quantize
 dequantize = torch.ops.ds_fp6.dequantize
 linear = torch.ops.ds_fp6.linear
-fused_linear = torch.ops.ds_fp6.fused_linear
+gated_linear = torch.ops.ds_fp6.gated_linear
 pack = torch.ops.ds_fp6.pack
 unpack = torch.ops.ds_fp6.unpack
 
@@ -142,7 +142,7 @@ def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size):
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
 
 
-@torch.library.register_fake("ds_fp6::fused_linear")
+@torch.library.register_fake("ds_fp6::gated_linear")
 def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, activation):
     return x.new_empty((*x.shape[:-1], scales.shape[0] // 2))
 

@@ -50,7 +50,7 @@ def main() -> int:
             ops.dequantize(packed, scales, *bits, group_size, k, dtype)
             assert torch.equal(ops.unpack(weight.tiles, *bits, n, k), weight.rows)
     gates = RandomWeight(E3M2, 330, 640, 0, generator)
-    ops.fused_linear(random_x(100, 640, torch.float16, generator), gates.tiles, gates.scales, None, 3, 2, 0, 5)
+    ops.gated_linear(random_x(100, 640, torch.float16, generator), gates.tiles, gates.scales, None, 3, 2, 0, 5)
     # Rows too long for registers, and the end of a tensor in the middle of 16 bytes.
     long = RandomWeight(E3M2, 70, 33000, 0, generator)
     x = random_x(5, 33003, torch.bfloat16, generator)[:, 3:]

@@ -94,11 +94,11 @@ def test_gates_of_adjacent_channels(dtype, activation, generator):
             arguments = (x[:m], weight.tiles, weight.scales, bias, 3, 2, group_size)
             if weight.kernel_name(m) != "sm90":
                 with pytest.raises(RuntimeError, match="only the kernel sm90 has gates"):
-                    ops.fused_linear(*arguments, activation)
+                    ops.gated_linear(*arguments, activation)
                 continue
             gate, up = ops.linear(*arguments).double().unflatten(1, (-1, 2)).unbind(-1)
             act = {3: lambda g: F.gelu(g, approximate="tanh"), 4: F.relu, 5: F.silu}[activation](gate)
-            y = ops.fused_linear(*arguments, activation)
+            y = ops.gated_linear(*arguments, activation)
             assert y.shape == (m, n // 2) and y.dtype == dtype
             torch.testing.assert_close(y.double(), act * up, rtol=ROUNDING[dtype] * 1.01, atol=1e-4)
 
@@ -107,9 +107,9 @@ def test_gates_say_what_is_wrong(generator):
     weight = RandomWeight(E3M2, 65, 64, 0, generator)
     x = random_x(1, 64, torch.float16, generator)
     with pytest.raises(ValueError, match="even N.*65"):
-        ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 5)
+        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 5)
     with pytest.raises(ValueError, match="SiLU.*got 6"):
-        ops.fused_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 6)
+        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 6)
 
 
 @pytest.mark.parametrize("name", ["dequantize", "reference"])

@@ -17,7 +17,7 @@ TORCH_LIBRARY_IMPL(ds_fp6, CUDA, m) {
     m.impl("quantize", ds_fp6::cuda::quantize);
     m.impl("dequantize", ds_fp6::cuda::dequantize);
     m.impl("linear", ds_fp6::cuda::linear);
-    m.impl("fused_linear", ds_fp6::cuda::fused_linear);
+    m.impl("gated_linear", ds_fp6::cuda::gated_linear);
     m.impl("pack", ds_fp6::cuda::pack);
     m.impl("unpack", ds_fp6::cuda::unpack);
 }

@@ -17,7 +17,7 @@ namespace cuda {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
                   const std::optional<at::Tensor>& bias, int64_t exponent_bits, int64_t mantissa_bits,
                   int64_t group_size);
-at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
+at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
                         const std::optional<at::Tensor>& bias, int64_t exponent_bits, int64_t mantissa_bits,
                         int64_t group_size, int64_t activation);
 std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& w, int64_t exponent_bits, int64_t mantissa_bits,

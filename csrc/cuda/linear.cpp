@@ -203,7 +203,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
     return linear_with_gate(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, Gate::kNone);
 }
 
-Tensor fused_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+Tensor gated_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                     int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size, int64_t activation) {
     const auto gate = static_cast<Gate>(activation);
     TORCH_CHECK_VALUE(gate == Gate::kGeglu || gate == Gate::kReglu || gate == Gate::kSiglu,

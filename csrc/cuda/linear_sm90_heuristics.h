@@ -40,8 +40,8 @@ struct Tiling {
     bool one_round() const { return tiles() <= most_workers && 10 * tiles() >= 9 * most_workers; }
     // Every worker has the same number of whole tiles.
     bool even() const { return tiles() % cut().workers == 0; }
-    // Whole tiles where they take one round that is at most `steps` steps longer than cut ones would take: adding up is
-    // three trips to the L2.
+    // Whole tiles where one round of them is at most `most_steps` longer than cut ones would take: adding up is three
+    // trips to the L2.
     Split whole_if_cutting_saves(int most_steps) const {
         const int saved = steps - ceil_div(tiles() * steps, cut().workers);
         return tiles() <= most_workers && saved <= most_steps ? whole() : Split{};

@@ -16,9 +16,8 @@ from ds_fp6 import ops
 from ds_fp6.formats import Mode
 from ds_fp6.weight import PackedWeight
 
-
-#: Rows up to which the matrix product's kernel also computes the gate. Beyond, nothing hides its arithmetic, and a kernel of
-#: its own is faster (28672 x 4096, 512 rows on an H200: 182 us in one, 165 + 10 apart).
+#: Rows up to which the matrix product's kernel also computes the gate. Beyond, nothing hides its arithmetic, and the
+#: launch that it spares takes less time (docs/kernels.md, version 19).
 MOST_ROWS_OF_A_GATE = 128
 
 
@@ -47,10 +46,9 @@ class QuantizedLinear(DSLinearBase):
         self._out_channels = config.out_channels * (2 if self._gated else 1)
         self._dtype: torch.dtype = config.output_dtype
         self._device = torch.device(get_accelerator().current_device())
-        on_gpu = self._device.type == "cuda"
-        #: Whether the matrix product is to apply the gate, where its kernel can.
-        self._fuses_gate = self._gated and on_gpu and implementation_config.get("fuses_gates", True)
-        self._takes_gates: dict[int, bool] = {}
+        #: Whether a gate may be part of the matrix product, where the kernel has it; and whether it has, by rows.
+        self._may_fuse = self._gated and self._device.type == "cuda" and implementation_config.get("fuses_gates", True)
+        self._has_gates: dict[int, bool] = {}
         #: fp32 [out, 1], set while a shard of a row-parallel weight is transformed: the scales of its full rows.
         self.row_scales: torch.Tensor | None = None
         if self._gated:
@@ -82,12 +80,9 @@ class QuantizedLinear(DSLinearBase):
             hidden_states, w.as_subclass(torch.Tensor), w.scales, bias,
             fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size,
         )  # fmt: skip
-        if self._fuses_gate and self._gates_itself(hidden_states.shape[:-1].numel()):
-            return ops.fused_linear(*arguments, self._activation.act_fn.value)
-        return self._activated(ops.linear(*arguments))
-
-    def _activated(self, y: torch.Tensor) -> torch.Tensor:
-        """The activation by a kernel of its own, which may write over ``y``."""
+        if self._may_fuse and self._fuses_gate(hidden_states.shape[:-1].numel()):
+            return ops.gated_linear(*arguments, self._activation.act_fn.value)
+        y = ops.linear(*arguments)
         if self._gated:
             out = y.new_empty((*y.shape[:-1], self._config.out_channels))
             self._activation(out, y)
@@ -96,16 +91,18 @@ class QuantizedLinear(DSLinearBase):
             self._activation(y)
         return y
 
-    def _gates_itself(self, rows: int) -> bool:
-        """Whether the CUDA kernel for so many rows is the one that takes gates, and takes less time with than without."""
-        if rows not in self._takes_gates:
+    def _fuses_gate(self, rows: int) -> bool:
+        """Whether the CUDA kernel for so many rows applies gates itself, and is to."""
+        if rows > MOST_ROWS_OF_A_GATE:
+            return False
+        if rows not in self._has_gates:
             fmt = self.mode.format
             name = ops.cuda_kernel_name(
                 rows, self._out_channels, self._config.in_channels,
                 fmt.exponent_bits, fmt.mantissa_bits, self.mode.group_size, self._device,
             )  # fmt: skip
-            self._takes_gates[rows] = name == "sm90" and rows <= MOST_ROWS_OF_A_GATE
-        return self._takes_gates[rows]
+            self._has_gates[rows] = name == "sm90"
+        return self._has_gates[rows]
 
     @property
     def output(self) -> torch.Tensor:
