@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdlib>
 
 #include "linear.h"
 #include "linear_sm90.cuh"
@@ -90,7 +91,12 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
         return cudaErrorInvalidConfiguration;
     }
 
-    cudaLaunchAttribute attributes[2] = {};
+    if (const char* e = std::getenv("DS_FP6_PACE_KB")) {
+        const int kb = std::atoi(e);
+        p.pace = kb == 0 ? 0 : kb * 1024 / SharedLayout<T, C::kBits>::kWeightStage + 2;
+    }
+
+    cudaLaunchAttribute attributes[3] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
@@ -103,6 +109,10 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = T::kClusterK > 1 ? 2 : 1;
+    if (std::getenv("DS_FP6_CARVE")) {
+        attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+        attributes[config.numAttrs++].val.sharedMemCarveout = 100;
+    }
     return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, p);
 }
 

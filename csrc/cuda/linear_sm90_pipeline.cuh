@@ -28,6 +28,7 @@ struct Problem {
     int panels;    // ceil(n / 64)
     int k_blocks;  // ceil(k / 64)
     Schedule schedule;
+    int pace;      // stages of weights before earlier grids have finished; 0: all
 };
 
 // Bytes of shared memory: activations first (their swizzle needs 1024-byte alignment), then weights, the staging of y,
@@ -133,6 +134,7 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_first();
     typename Ring<T, kBits>::Slot slot;
+    int left = p.pace;
     PieceWalk walk(p.schedule, worker);
     for (Piece piece; walk.next(piece);) {
         const Piece own = part_of<T::kClusterK>(piece, rank);
@@ -143,6 +145,7 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
             // NOTE: blocks past K are not copied. What lies in shared memory instead is finite as weights, and the
             // activations there are zeros.
             const int bytes = min(T::kBlocks, p.k_blocks - block) * Layout::kWeightBlock;
+            if (left > 0 && --left == 0) wait_for_earlier_grids();
             ring.wait_empty(slot);
             barrier_arrive_expect(ring.full(slot.index), panels * bytes);
             for (int i = 0; i < panels; ++i) {
