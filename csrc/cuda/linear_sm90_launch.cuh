@@ -94,6 +94,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     if (const char* e = std::getenv("DS_FP6_PACE_KB")) {
         const int kb = std::atoi(e);
         p.pace = kb == 0 ? 0 : kb * 1024 / SharedLayout<T, C::kBits>::kWeightStage + 2;
+        p.pace_until_full = std::getenv("DS_FP6_PACE_UNTIL_FULL") != nullptr;
     }
 
     cudaLaunchAttribute attributes[3] = {};

@@ -29,6 +29,7 @@ struct Problem {
     int k_blocks;  // ceil(k / 64)
     Schedule schedule;
     int pace;      // stages of weights before earlier grids have finished; 0: all
+    bool pace_until_full;  // or before the first stage is full
 };
 
 // Bytes of shared memory: activations first (their swizzle needs 1024-byte alignment), then weights, the staging of y,
@@ -145,7 +146,7 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
             // NOTE: blocks past K are not copied. What lies in shared memory instead is finite as weights, and the
             // activations there are zeros.
             const int bytes = min(T::kBlocks, p.k_blocks - block) * Layout::kWeightBlock;
-            if (left > 0 && --left == 0) wait_for_earlier_grids();
+            if (left > 0 && --left == 0) p.pace_until_full ? ring.wait_full({}) : wait_for_earlier_grids();
             ring.wait_empty(slot);
             barrier_arrive_expect(ring.full(slot.index), panels * bytes);
             for (int i = 0; i < panels; ++i) {
