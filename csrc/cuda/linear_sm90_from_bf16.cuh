@@ -9,8 +9,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdlib>
-
 #include "linear.h"
 #include "ptx_sm90.cuh"
 
@@ -132,8 +130,7 @@ inline cudaError_t convert_activations(LinearProblem& problem, void* scratch, cu
                        (problem.x_stride % 8 == 0 || problem.m == 1);
     constexpr int kPerThread = 4;  // vectors, where the block is not full
     const int warps = (p.vectors + 32 * kPerThread - 1) / (32 * kPerThread);
-    cudaLaunchAttribute attributes[2]{};
-    auto& attribute = attributes[0];
+    cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
@@ -141,12 +138,8 @@ inline cudaError_t convert_activations(LinearProblem& problem, void* scratch, cu
     config.blockDim = dim3(32 * (warps < kRowThreads / 32 ? warps : kRowThreads / 32));
     config.dynamicSmemBytes = kRowThreads / 32 * sizeof(uint32_t);
     config.stream = stream;
-    config.attrs = attributes;
+    config.attrs = &attribute;
     config.numAttrs = 1;
-    if (std::getenv("DS_FP6_CARVE")) {
-        attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-        attributes[config.numAttrs++].val.sharedMemCarveout = 100;
-    }
     problem.x = p.f16;
     problem.x_scales = p.scales;
     problem.k = 8 * p.vectors;

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <cstdlib>
 
 #include "linear.h"
 #include "linear_sm90.cuh"
@@ -91,13 +90,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
         return cudaErrorInvalidConfiguration;
     }
 
-    if (const char* e = std::getenv("DS_FP6_PACE_KB")) {
-        const int kb = std::atoi(e);
-        p.pace = kb == 0 ? 0 : kb * 1024 / SharedLayout<T, C::kBits>::kWeightStage + 2;
-        p.pace_until_full = std::getenv("DS_FP6_PACE_UNTIL_FULL") != nullptr;
-    }
-
-    cudaLaunchAttribute attributes[3] = {};
+    cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
@@ -110,10 +103,6 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = T::kClusterK > 1 ? 2 : 1;
-    if (std::getenv("DS_FP6_CARVE")) {
-        attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-        attributes[config.numAttrs++].val.sharedMemCarveout = 100;
-    }
     return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, p);
 }
 

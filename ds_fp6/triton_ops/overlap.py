@@ -6,7 +6,6 @@ What lies on the device from before the step (the batch's tensors, lists of cach
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 
@@ -37,11 +36,3 @@ def supported(device: torch.device) -> bool:
         and not triton.knobs.runtime.interpret
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
-
-
-def _prefer_shared_memory(module, function, name, metadata, digest) -> None:
-    ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), 9, 100)
-
-
-if os.environ.get("DS_FP6_CARVE"):
-    triton.knobs.runtime.kernel_load_end_hook.add(_prefer_shared_memory)
