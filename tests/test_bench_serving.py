@@ -77,6 +77,13 @@ def test_defaults_are_the_published_experiment_with_a_gpu(monkeypatch):
     assert {(c.requests, c.prompt_length, c.prompt_length_var) for c in found} == {(128, 100, 0.3)}
 
 
+def test_requests_of_each_client_or_of_all():
+    of_each = serving.configurations(arguments("--clients", "1,384", "--requests-per-client", "2"))
+    assert {(c.clients, c.requests) for c in of_each} == {(1, 2), (384, 768)}
+    of_all = serving.configurations(arguments("--clients", "1,384", "--requests", "7"))
+    assert {(c.clients, c.requests) for c in of_all} == {(1, 7), (384, 7)}
+
+
 def test_prompt_lengths_are_seeded_and_fit():
     configuration = serving.Configuration("fp16", 1, 2, 1000, 10, 100, 0.3)
     lengths = serving.prompt_lengths(configuration, 5, 2000)

@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (("requests", "requests of a configuration"), ("prompt_length", "mean tokens of a prompt")):
         both = default.format(PUBLISHED[name], SMALL[name])
         parser.add_argument(f"--{name.replace('_', '-')}", type=_positive, metavar="N", help=f"{text}; {both}")
+    each = "instead of --requests: so many of each client"
+    parser.add_argument("--requests-per-client", type=_positive, metavar="N", help=each)
     spread = "standard deviation of prompts' lengths as a part of their mean; default 0.3"
     parser.add_argument("--prompt-length-var", type=float, default=0.3, metavar="X", help=spread)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and their lengths; default 0")
@@ -133,8 +135,11 @@ def configurations(args: argparse.Namespace) -> list[Configuration]:
     def degrees(mode: str) -> list[int]:
         return args.tp or [2 if published and not own_experiment and mode in DENSE else 1]
 
+    def requests(clients: int) -> int:
+        return clients * args.requests_per_client if args.requests_per_client else args.requests
+
     return [
-        Configuration(mode, tp, clients, args.requests, generation, args.prompt_length, args.prompt_length_var)
+        Configuration(mode, tp, clients, requests(clients), generation, args.prompt_length, args.prompt_length_var)
         for mode in args.modes for tp in degrees(mode) for clients in args.clients for generation in args.generation
     ]  # fmt: skip
 
