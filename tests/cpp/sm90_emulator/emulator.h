@@ -2,7 +2,8 @@
 //
 // Asynchronous work is done as late as a kernel may rely on: a wgmma reads its operands when it is waited for, a copy
 // lands after a random delay. So a register or a slot that is given away too early shows as a wrong result, a wait that
-// is missing too, and a wait that nothing ends as a deadlock, which is reported.
+// is missing too, and a wait that nothing ends as a deadlock, which is reported. So is a thread that touches what earlier
+// grids may still use before it has waited for them.
 #pragma once
 
 #include <ucontext.h>
@@ -49,7 +50,7 @@ struct Thread {
     std::unique_ptr<char[]> stack;
     Block* block;
     int index;
-    bool finished = false;
+    bool finished = false, earlier_grids_ended = false;
     // What this thread has issued to the tensor cores: groups of operations, the newest last.
     std::vector<std::vector<std::function<void()>>> groups{1};
     // What it shows to the other threads of its warp.
@@ -107,6 +108,13 @@ inline uint8_t* memory(uint32_t address, size_t bytes) {
     return block_of(address).shared.data() + at;
 }
 inline Barrier& barrier(uint32_t address) { return block_of(address).barriers.at(address & 0xFFFFFF); }
+
+// For what depends on earlier grids.
+inline void need_earlier_grids(const char* what) {
+    if (current->earlier_grids_ended) return;
+    std::printf("thread %d %s before earlier grids have ended\n", current->index, what);
+    std::exit(3);
+}
 
 inline std::function<void()> kernel_body;
 
@@ -190,9 +198,9 @@ inline void __syncthreads() { emulator::meet(emulator::current->block->meetings[
 template <class T>
 T __ldg(const T* p) { return *p; }
 template <class T>
-T __ldcg(const T* p) { return *p; }
+T __ldcg(const T* p) { return emulator::need_earlier_grids("reads"), *p; }
 template <class T>
-void __stcg(T* p, T value) { *p = value; }
+void __stcg(T* p, T value) { emulator::need_earlier_grids("writes"), *p = value; }
 inline float __uint_as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);

@@ -54,6 +54,7 @@ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int
     EmulatedMap x;
     std::memcpy(&x, map, sizeof(x));
     if (target % 1024 != 0) std::printf("bad tensor copy\n"), std::exit(3);
+    need_earlier_grids("copies activations");
     uint8_t* to = memory(target, 16);
     Barrier* b = &barrier(address);
     later([=] {
@@ -136,14 +137,18 @@ inline uint32_t cluster_rank() { return current->block->rank; }
 inline void cluster_sync() {
     meet(*current->block->cluster_meeting, current->block->threads * static_cast<int>(current->block->cluster.size()));
 }
-inline void wait_for_earlier_grids() {}
+inline void wait_for_earlier_grids() { current->earlier_grids_ended = true; }
 inline void launch_later_grids() {}
 
 inline uint32_t load_acquire(const uint32_t* address) {
+    need_earlier_grids("reads a flag");
     yield();
     return *address;
 }
-inline void store_release(uint32_t* address, uint32_t value) { ++progress, *address = value; }
+inline void store_release(uint32_t* address, uint32_t value) {
+    need_earlier_grids("sets a flag");
+    ++progress, *address = value;
+}
 
 }  // namespace sm90
 }  // namespace cuda
