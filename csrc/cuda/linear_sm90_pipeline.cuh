@@ -128,13 +128,12 @@ __device__ inline void sync_blocks() {
 }
 
 // One thread. Weights do not depend on the kernel before: this runs ahead of it, but not by the whole ring, which would
-// be a queue in the memory for the kernel before. A decode step of Llama-3-8B takes 2178 us with the whole ring, 2167
-// with these stages (72 KB), 2178 with 48 or 84 KB and 2223 with 24.
+// be a queue in the memory for that kernel's own loads (docs/kernels.md, version 21).
 template <class T, int kBits>
 __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring, int worker, int rank) {
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_first();
-    int ahead = 60 * 1024 / Layout::kWeightStage + 1;  // stages
+    int ahead = 72 * 1024 / Layout::kWeightStage;  // stages
     typename Ring<T, kBits>::Slot slot;
     PieceWalk walk(p.schedule, worker);
     for (Piece piece; walk.next(piece);) {
