@@ -38,8 +38,10 @@ const Device& device_of(int index) {
             C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, index));
             return value;
         };
+        // kHz, twice a clock, and bits.
+        const double bandwidth = 2e3 * ask(cudaDevAttrMemoryClockRate) * ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
         devices[index] = {index, ask(cudaDevAttrComputeCapabilityMajor), ask(cudaDevAttrComputeCapabilityMinor),
-                          ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+                          ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), bandwidth};
     });
     return devices[index];
 }
@@ -69,7 +71,7 @@ Tensor aligned_x(const Tensor& x, int64_t m, int64_t k) {
     return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone();
 }
 
-// x as linear_sm90 converts it: [m, k], rows any distance apart.
+// bf16 x as linear_sm90 takes it: [m, k], rows any distance apart.
 Tensor rows_of(const Tensor& x, int64_t m, int64_t k) {
     const Tensor rows = x.reshape({m, k});
     return k == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
@@ -179,19 +181,17 @@ Tensor linear_with_gate(const Tensor& x, const Tensor& packed, const Tensor& sca
                              group_size, kernel == LinearKernel::kDequantize ? x.scalar_type() : at::kFloat);
         return y;
     }
-    const bool converts = kernel == LinearKernel::kSm90 && p.dtype == Dtype::kBFloat16;
-    const Tensor rows = converts ? rows_of(x, m, k) : aligned_x(x, m, k);
+    const bool any_rows = kernel == LinearKernel::kSm90 && p.dtype == Dtype::kBFloat16;
+    const Tensor rows = any_rows ? rows_of(x, m, k) : aligned_x(x, m, k);
     p.x = rows.const_data_ptr(), p.x_stride = rows.stride(0), p.k = static_cast<int>(rows.size(1));
     Tensor scratch;
-    if (converts) {
-        const auto bytes = static_cast<int64_t>(linear_sm90_scratch_bytes(p));
-        scratch = at::empty({bytes}, x.options().dtype(at::kByte));
-    }
+    const auto scratch_bytes = any_rows ? static_cast<int64_t>(linear_sm90_scratch_bytes(p, device)) : 0;
+    if (scratch_bytes > 0) scratch = at::empty({scratch_bytes}, x.options().dtype(at::kByte));
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     void* workspace = nullptr;
     C10_CUDA_CHECK(workspace_of(device.index, stream, &workspace));
     C10_CUDA_CHECK(kernel == LinearKernel::kSm90
-                       ? linear_sm90(p, device, workspace, converts ? scratch.mutable_data_ptr() : nullptr, stream)
+                       ? linear_sm90(p, device, workspace, scratch_bytes > 0 ? scratch.mutable_data_ptr() : nullptr, stream)
                        : linear_sm80(p, device, workspace, stream));
     return y;
 }

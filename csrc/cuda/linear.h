@@ -41,11 +41,17 @@ struct LinearProblem {
     int bits() const { return 1 + exponent_bits + mantissa_bits; }
 };
 
+// Whether every row of x begins and ends between two 16-byte vectors.
+inline bool has_aligned_rows(const LinearProblem& p) {
+    return p.k % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.x_stride % 8 == 0 || p.m == 1);
+}
+
 struct Device {
     int index;
-    int major, minor;  // compute capability
+    int major, minor;         // compute capability
     int sms;
-    int shared_bytes;  // that a block may ask for
+    int shared_bytes;         // that a block may ask for
+    double bytes_per_second;  // that the memory's bus can carry
 };
 
 // Scratch memory of a (device, stream), allocated once and kept. The first kWorkspaceFlagBytes are zero when a kernel
@@ -62,8 +68,8 @@ cudaError_t linear_sm80(const LinearProblem& problem, const Device& device, void
 // Only where device is 9.0.
 cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* workspace, void* scratch,
                         cudaStream_t stream);
-// Scratch memory of the launch, 16-byte aligned, with any contents; 0 for fp16.
-size_t linear_sm90_scratch_bytes(const LinearProblem& problem);
+// Scratch memory of the launch, 16-byte aligned, with any contents; 0 where x needs no conversion.
+size_t linear_sm90_scratch_bytes(const LinearProblem& problem, const Device& device);
 
 }  // namespace cuda
 }  // namespace ds_fp6

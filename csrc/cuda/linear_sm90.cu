@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "linear.h"
 #include "linear_sm90_from_bf16.cuh"
+#include "linear_sm90_heuristics.h"
 
 namespace ds_fp6 {
 namespace cuda {
@@ -10,6 +11,8 @@ namespace sm90 {
 
 template <class Fmt>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
+template <class Fmt>
+cudaError_t launch_bf16(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
 
 namespace {
 
@@ -41,14 +44,15 @@ bool linear_sm90_supports(const LinearProblem& problem) {
         [](auto format) { return sm90::kInstantiated<decltype(format)>; }, false);
 }
 
-size_t linear_sm90_scratch_bytes(const LinearProblem& problem) {
-    if (problem.dtype == Dtype::kFloat16) return 0;
+size_t linear_sm90_scratch_bytes(const LinearProblem& problem, const Device& device) {
+    if (problem.dtype == Dtype::kFloat16 || sm90::multiplies_in_bf16(problem, device)) return 0;
     return sm90::f16_bytes(problem) + problem.m * sizeof(float);
 }
 
 cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* workspace, void* scratch,
                         cudaStream_t stream) {
-    if (problem.dtype == Dtype::kBFloat16) {
+    const bool in_bf16 = sm90::multiplies_in_bf16(problem, device);
+    if (problem.dtype == Dtype::kBFloat16 && !in_bf16) {
         const cudaError_t status = sm90::convert_activations(problem, scratch, stream);
         if (status != cudaSuccess) return status;
     }
@@ -57,7 +61,8 @@ cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* works
         [&](auto format) {
             using Fmt = decltype(format);
             if constexpr (sm90::kInstantiated<Fmt>) {
-                return sm90::launch<Fmt>(problem, device, workspace, stream);
+                return in_bf16 ? sm90::launch_bf16<Fmt>(problem, device, workspace, stream)
+                               : sm90::launch<Fmt>(problem, device, workspace, stream);
             } else {
                 return cudaErrorInvalidValue;
             }

@@ -30,10 +30,11 @@ __device__ __forceinline__ void unroll(Body body) {
     unroll(body, std::make_integer_sequence<int, kCount>());
 }
 
-// How a lane's words of a 16x64 block become operands in fp16.
-template <class Fmt>
+// How a lane's words of a 16x64 block become operands of type T: Half or BFloat16, the activations' in shared memory.
+template <class Fmt, class T>
 struct Codes {
-    using Dequantize = Dequant<Fmt, Half>;
+    using Operand = T;
+    using Dequantize = Dequant<Fmt, T>;
     static constexpr int kBits = Fmt::kBits;
     static constexpr float kValue = static_cast<float>(1 << Dequantize::kScaleExponent);  // of an operand's 1
 
@@ -194,8 +195,9 @@ private:
 #pragma unroll
         for (int i = 0; i < 4; ++i) pin(a0[i]), pin(a1[i]);
         wgmma_fence();
-        Wgmma<T::kTokens>::issue(sums, a0, wgmma_descriptor(b), adds);
-        Wgmma<T::kTokens>::issue(sums, a1, wgmma_descriptor(b + 2), 1);
+        using Operand = typename C::Operand;
+        Wgmma<T::kTokens>::template issue<Operand>(sums, a0, wgmma_descriptor(b), adds);
+        Wgmma<T::kTokens>::template issue<Operand>(sums, a1, wgmma_descriptor(b + 2), 1);
         wgmma_commit();
     }
 

@@ -31,6 +31,7 @@ template <class T, class C, bool kGrouped>
 class Epilogue {
 public:
     static constexpr int kBits = C::kBits;
+    static constexpr bool kBFloat16 = std::is_same_v<typename C::Operand, BFloat16>;  // operands, and so y
     using Layout = SharedLayout<T, kBits>;
     using OwnSums = float[T::kOwnPanels][T::kOwnSums];
 
@@ -57,7 +58,7 @@ public:
             terms.scale[i / 2][i % 2] = C::kValue * (kGrouped ? 1.f : p_.scales[n]);
             if (p_.bias) terms.bias[i / 2][i % 2] = bias_of(n);
         }
-        if (kScalesAhead && p_.x_scales) terms.token_scale = token_scale(piece.tile);
+        if (!kBFloat16 && kScalesAhead && p_.x_scales) terms.token_scale = token_scale(piece.tile);
         return terms;
     }
 
@@ -92,13 +93,15 @@ public:
 
     // y = sums * scale (+ bias), rounded once.
     __device__ void store(OwnSums& sums, int tile, const Terms& terms) const {
-        if (p_.x_scales) {
+        if constexpr (kBFloat16) {
+            store_as<__nv_bfloat16, false>(sums, tile, terms);
+        } else if (p_.x_scales) {
             const float scale = kScalesAhead ? terms.token_scale : token_scale(tile);
             // A power of two is exact in bf16 as well.
             if (thread_ < T::kOwnTokens) store_shared_2(token_scales_ + thread_ * 2, __float_as_uint(scale) >> 16);
-            store_as<__nv_bfloat16>(sums, tile, terms);
+            store_as<__nv_bfloat16, true>(sums, tile, terms);
         } else {
-            store_as<__half>(sums, tile, terms);
+            store_as<__half, false>(sums, tile, terms);
         }
     }
 
@@ -121,15 +124,17 @@ private:
 
     __device__ float bias_of(int n) const {
         if (p_.bias_is_fp32) return static_cast<const float*>(p_.bias)[n];
-        return p_.x_scales ? to_float(static_cast<const __nv_bfloat16*>(p_.bias)[n])
-                           : to_float(static_cast<const __half*>(p_.bias)[n]);
+        return kBFloat16 || p_.x_scales ? to_float(static_cast<const __nv_bfloat16*>(p_.bias)[n])
+                                        : to_float(static_cast<const __half*>(p_.bias)[n]);
     }
 
-    template <class Element>
+    // kTokenScales: tokens have scales of their own.
+    template <class Element, bool kTokenScales>
     __device__ void store_as(const OwnSums& sums, int tile, const Terms& terms) const {
 #pragma unroll
         for (int panel = 0; panel < T::kOwnPanels; ++panel) {
-            store_panel<Element>(sums[panel], terms, panel, first_channel(tile) + panel * 64, first_token(tile));
+            store_panel<Element, kTokenScales>(sums[panel], terms, panel, first_channel(tile) + panel * 64,
+                                               first_token(tile));
         }
     }
 
@@ -151,7 +156,7 @@ private:
 
     // 64 channels from `channel`, kOwnTokens tokens from `token`: transposed through shared memory, up to 64 tokens at
     // a time, 128 bytes a token whose 16-byte chunks are swizzled by the token.
-    template <class Element>
+    template <class Element, bool kTokenScales>
     __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel, int channel,
                                 int token) const {
         const auto& scale = terms.scale[panel];
@@ -168,7 +173,7 @@ private:
                 for (int i = 0; i < 4; ++i) {
                     if (t + 8 * (i / 2) >= Layout::kStagedTokens) continue;
                     const int h = i % 2, at = 4 * ((first + t) / 8 + i / 2) + 2 * h;
-                    if constexpr (std::is_same_v<Element, __half>) {
+                    if constexpr (!kTokenScales) {
                         q[i] = pack_pair(sums[at] * scale[h] + bias[h], sums[at + 1] * scale[h] + bias[h], Element());
                     } else {
                         const uint32_t s = load_shared_4(token_scales_ + (first + t + 8 * (i / 2) + lane % 4 * 2) * 2);

@@ -126,8 +126,7 @@ inline cudaError_t convert_activations(LinearProblem& problem, void* scratch, cu
     p.scales = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + f16_bytes(problem));
     p.vectors = (problem.k + 7) / 8;
 
-    const bool whole = problem.k % 8 == 0 && reinterpret_cast<uintptr_t>(problem.x) % 16 == 0 &&
-                       (problem.x_stride % 8 == 0 || problem.m == 1);
+    const bool whole = has_aligned_rows(problem);
     constexpr int kPerThread = 4;  // vectors, where the block is not full
     const int warps = (p.vectors + 32 * kPerThread - 1) / (32 * kPerThread);
     cudaLaunchAttribute attribute{};

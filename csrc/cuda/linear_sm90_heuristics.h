@@ -48,6 +48,29 @@ struct Tiling {
     }
 };
 
+// Whether weights in any tile become operands faster than the memory delivers them, by a margin: an H100's carries 25 GB/s
+// an SM, an H200's 37, for the same SMs. Activations that are read more often then cost nothing, adding up still does,
+// and bf16 needs no conversion.
+inline bool memory_is_slow(const Device& device) { return device.bytes_per_second < 31e9 * device.sms; }
+
+inline bool is_large(const LinearProblem& p) { return static_cast<int64_t>(p.n) * p.k >= 1 << 27; }
+
+// Up to 32 tokens, where memory_is_slow: the tiles that add up least. On an H100:
+//
+//   tokens  condition                tile         reason
+//   <= 8    any                      one panel    gate_up 116.9 (two panels 118.9)
+//   <= 16   small, a round of pairs  cut          8B's down 17.2 (one panel 17.6)
+//           any                      one panel    qkv 23.0 (two panels 24.6), gate_up 117.2 (119.5)
+//   <= 32   any                      cut          gate_up 118.0 (four panels 123.7), qkv 24.1 (two panels 25.6)
+inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
+    if (p.m <= 8) return plan<Tile8>(Tiling::of<Tile8>(p, device).whole_if_cutting_saves(10));
+    if (p.m <= 16) {
+        if (!is_large(p) && Tiling::of<Tile16Cut>(p, device).one_round()) return plan<Tile16Cut>();
+        return plan<Tile16>(Tiling::of<Tile16>(p, device).whole_if_cutting_saves(10));
+    }
+    return plan<Tile32Cut>(Tiling::of<Tile32Cut>(p, device).whole_if_cutting_saves(16));
+}
+
 // Up to 64 tokens the narrowest tile that holds them all reads and dequantizes each weight once. Then, with the times
 // in microseconds on an H200 that speak for it (o 8192 x 8192, qkv 10240 x 8192, gate_up 57344 x 8192, down 8192 x
 // 28672):
@@ -67,11 +90,13 @@ struct Tiling {
 //           >= 2^27 weights                   wide cut  down 50.0 (64 tokens 54.6)
 //           any                               cut       qkv 24.2, o 18.5 (64 tokens 25.5, 19.4; wide 25.5, 20.8)
 //   <= 64   the same                                    gate_up 110 (cut 115), down 56.2 (wide 57.6), o 19.3 (wide 22.5)
+//   > 32    a short K, fewer tiles than SMs   whole     8B's gate_up and qkv, on an H100: 34.5 (cut 35.8) and 10.5
+//                                                       (11.6) at 64 tokens, 34.1 (35.1) and 10.2 (11.1) at 48
 inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     const auto fill = [&](auto tile, int quarters) {
         return 4 * Tiling::of<decltype(tile)>(p, device).tiles() >= quarters * device.sms;
     };
-    const bool large = static_cast<int64_t>(p.n) * p.k >= 1 << 27;
+    const bool large = is_large(p);
     if (p.m <= 8) {
         if (fill(Tile8Wide(), 4)) return plan<Tile8Wide>();
         return plan<Tile8>(Tiling::of<Tile8>(p, device).whole_if_cutting_saves(10));
@@ -89,11 +114,13 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
         return plan<Tile32Cut>(pairs.whole_if_cutting_saves(16));
     }
     if (p.m <= 48) {
-        if (fill(Tile48(), 3)) return plan<Tile48>();
-        return large ? plan<Tile48WideCut>() : plan<Tile48Cut>();
+        if (fill(Tile48(), 3)) return plan<Tile48>(Tiling::of<Tile48>(p, device).whole_if_cutting_saves(10));
+        if (large) return plan<Tile48WideCut>();
+        return plan<Tile48Cut>(Tiling::of<Tile48Cut>(p, device).whole_if_cutting_saves(10));
     }
-    if (fill(Tile64(), 3)) return plan<Tile64>();
-    return large ? plan<Tile64WideCut>() : plan<Tile64Cut>();
+    if (fill(Tile64(), 3)) return plan<Tile64>(Tiling::of<Tile64>(p, device).whole_if_cutting_saves(10));
+    if (large) return plan<Tile64WideCut>();
+    return plan<Tile64Cut>(Tiling::of<Tile64Cut>(p, device).whole_if_cutting_saves(10));
 }
 
 // What a tile costs, in times of a tile of 256 channels x 128 tokens with all SMs busy (89 us at k = 8192, where adding
@@ -152,7 +179,15 @@ inline Plan plan_for_groups(const LinearProblem& p) {
 inline Plan choose_plan(const LinearProblem& p, const Device& device) {
     if (p.groups > 1) return plan_for_groups(p);
     if (p.m > 64) return plan_for_many_tokens(p, device);
-    return plan_for_few_tokens(p, device);
+    const bool adds_up_little = p.m <= 32 && memory_is_slow(device);
+    return adds_up_little ? plan_for_slow_memory(p, device) : plan_for_few_tokens(p, device);
+}
+
+// Whether bf16 activations are multiplied as they are, with the plan of fp16; else they become fp16 first. On an H100 a
+// product in bf16 takes 0.3 to 1.6 us more than in fp16, the conversion 1.2 to 5.4 (qkv, o, gate_up and down, 1 to 64
+// tokens).
+inline bool multiplies_in_bf16(const LinearProblem& p, const Device& device) {
+    return p.dtype == Dtype::kBFloat16 && p.groups == 1 && p.m <= 64 && memory_is_slow(device) && has_aligned_rows(p);
 }
 
 }  // namespace sm90

@@ -30,15 +30,18 @@ inline EncodeTiled encode_tiled() {
     return function;
 }
 
-// x [m, k], row-major fp16, as boxes of 64 columns and `rows` rows with the 128-byte swizzle.
-inline cudaError_t map_activations(CUtensorMap* map, const void* x, int m, int k, int rows) {
+// x [m, k] of 16-bit values, rows `stride` elements apart, as boxes of 64 columns and `rows` rows with the 128-byte
+// swizzle.
+inline cudaError_t map_activations(CUtensorMap* map, const LinearProblem& problem, int rows) {
     if (encode_tiled() == nullptr) return cudaErrorNotSupported;
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(m)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(k) * 2};
+    const int64_t stride = problem.m == 1 ? problem.k : problem.x_stride;
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(problem.k), static_cast<cuuint64_t>(problem.m)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
     const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(rows)};
     const cuuint32_t steps[2] = {1, 1};
     const CUresult result = encode_tiled()(
-        map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(problem.x), sizes, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -65,7 +68,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     cudaError_t status = prepare<T, C, kGrouped>(device.index);
     if (status != cudaSuccess) return status;
     CUtensorMap x_map;
-    status = map_activations(&x_map, problem.x, problem.m, problem.k, T::kTokens);
+    status = map_activations(&x_map, problem, T::kTokens);
     if (status != cudaSuccess) return status;
 
     Problem p{};
@@ -106,9 +109,10 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, p);
 }
 
+// Activations in fp16.
 template <class Fmt>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
-    using C = Codes<Fmt>;
+    using C = Codes<Fmt, Half>;
     const Plan plan = choose_plan(problem, device);
     const auto run = [&](auto tile, auto grouped) {
         return launch_tile<decltype(tile), C, decltype(grouped)::value>(problem, device, workspace, stream, plan.split);
@@ -119,10 +123,24 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
     return UngroupedTiles::with(plan.tile, [&](auto tile) { return run(tile, std::false_type()); });
 }
 
+// Activations in bf16, of problems that multiplies_in_bf16.
+template <class Fmt>
+cudaError_t launch_bf16(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
+    const Plan plan = choose_plan(problem, device);
+    return UngroupedTiles::with(plan.tile, [&](auto tile) {
+        using T = decltype(tile);
+        if constexpr (BFloat16Tiles::contains<T>()) {
+            return launch_tile<T, Codes<Fmt, BFloat16>, false>(problem, device, workspace, stream, plan.split);
+        } else {
+            return cudaErrorInvalidConfiguration;
+        }
+    });
+}
+
 }  // namespace sm90
 }  // namespace cuda
 }  // namespace ds_fp6
 
-#define DS_FP6_INSTANTIATE_SM90(E, M)                                                                             \
+#define DS_FP6_INSTANTIATE_SM90(E, M, launch)                                                                     \
     template cudaError_t ds_fp6::cuda::sm90::launch<ds_fp6::Format<E, M>>(                                        \
         const ds_fp6::cuda::LinearProblem&, const ds_fp6::cuda::Device&, void*, cudaStream_t);

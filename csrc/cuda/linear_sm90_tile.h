@@ -65,6 +65,11 @@ using Tile128Cut =      Tile<2, 128,   2,    5,     2,      1,    2>;
 template <class... T>
 struct TileList {
     template <class Wanted>
+    static constexpr bool contains() {
+        return (std::is_same_v<T, Wanted> || ...);
+    }
+
+    template <class Wanted>
     static constexpr int number() {
         constexpr int kNumber = [] {
             int number = -1, at = 0;
@@ -98,6 +103,9 @@ using UngroupedTiles =
              Tile48WideCut, Tile64, Tile64Cut, Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow,
              Tile128Cut>;
 using GroupedTiles = TileList<Tile8, Tile16, Tile32Grouped, Tile64>;
+// What bf16 activations that stay bf16 take of UngroupedTiles.
+using BFloat16Tiles = TileList<Tile8, Tile16, Tile16Cut, Tile32Cut, Tile48, Tile48Cut, Tile48WideCut, Tile64, Tile64Cut,
+                               Tile64WideCut>;
 
 }  // namespace sm90
 }  // namespace cuda

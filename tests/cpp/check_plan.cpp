@@ -20,6 +20,19 @@ static void check_split(const LinearProblem& p, const Device& device, const Tili
     if (s.whole < 0 || s.range_begin(split.workers) != shared) fail("ranges that do not end with the tiles");
 }
 
+static void check_plan(const LinearProblem& p, const Device& device, const Plan& plan) {
+    UngroupedTiles::with(plan.tile, [&](auto tile) {
+        using T = decltype(tile);
+        const Tiling tiling = Tiling::of<T>(p, device);
+        const bool compiled = !multiplies_in_bf16(p, device) || BFloat16Tiles::contains<T>();
+        if (!compiled || (p.m <= 64 && tiling.tiles_m != 1)) {
+            std::printf("m %d: tiles of %d tokens%s\n", p.m, T::kTokens, compiled ? "" : ", not compiled for bf16");
+            std::exit(1);
+        }
+        check_split(p, device, tiling, plan.split.workers ? plan.split : tiling.cut(), T::kClusterK);
+    });
+}
+
 int main() {
     for (int sms : {2, 16, 78, 114, 132}) {
         for (int n : {1, 64, 200, 4096, 8192, 10240, 57344, 128256}) {
@@ -27,17 +40,11 @@ int main() {
                 for (int m : {1, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 96, 100, 128, 200, 256, 511, 768, 1024, 4097}) {
                     LinearProblem p{};
                     p.m = m, p.n = n, p.k = k, p.groups = 1;
-                    const Device device{0, 9, 0, sms, 227 * 1024};
-                    const Plan plan = choose_plan(p, device);
-                    UngroupedTiles::with(plan.tile, [&](auto tile) {
-                        using T = decltype(tile);
-                        const Tiling tiling = Tiling::of<T>(p, device);
-                        if (m <= 64 && tiling.tiles_m != 1) {
-                            std::printf("m %d: tiles of %d tokens\n", m, T::kTokens);
-                            std::exit(1);
-                        }
-                        check_split(p, device, tiling, plan.split.workers ? plan.split : tiling.cut(), T::kClusterK);
-                    });
+                    for (double bandwidth : {25e9, 37e9}) {  // of an SM
+                        const Device device{0, 9, 0, sms, 227 * 1024, bandwidth * sms};
+                        p.dtype = Dtype::kBFloat16, p.x_stride = k;
+                        check_plan(p, device, choose_plan(p, device));
+                    }
                 }
             }
         }

@@ -47,7 +47,7 @@ inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint3
 // What the launcher's tensor map holds here.
 struct EmulatedMap {
     const uint8_t* x;
-    int m, k, rows;
+    int m, k, stride, rows;
 };
 inline void tensor_prefetch(const CUtensorMap*) {}
 inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t address, uint64_t) {
@@ -61,7 +61,7 @@ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int
         for (int r = 0; r < x.rows; ++r) {
             for (int c = 0; c < 64; ++c) {
                 uint16_t value = 0;
-                if (row + r < x.m && column + c < x.k) std::memcpy(&value, x.x + (int64_t(row + r) * x.k + column + c) * 2, 2);
+                if (row + r < x.m && column + c < x.k) std::memcpy(&value, x.x + (int64_t(row + r) * x.stride + column + c) * 2, 2);
                 std::memcpy(to + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, &value, 2);
             }
         }

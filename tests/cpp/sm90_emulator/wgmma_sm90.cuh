@@ -1,8 +1,12 @@
 // The emulated twin of csrc/cuda/wgmma_sm90.cuh: operands are read when the operation is waited for.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "dequant.cuh"
 #include "emulator.h"
 
 namespace ds_fp6 {
@@ -25,10 +29,15 @@ void wgmma_wait() {
 
 inline uint64_t wgmma_descriptor(uint32_t address) { return address; }
 
-inline float value_of(uint16_t bits) {
+template <class T>
+float value_of(uint16_t bits) {
     static const std::vector<float> values = [] {
         std::vector<float> v(65536);
-        for (int i = 0; i < 65536; ++i) v[i] = __half2float(__half(__half_raw{static_cast<unsigned short>(i)}));
+        for (int i = 0; i < 65536; ++i) {
+            const auto raw = static_cast<unsigned short>(i);
+            if constexpr (std::is_same_v<T, Half>) v[i] = __half2float(__half(__half_raw{raw}));
+            else v[i] = __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{raw}));
+        }
         return v;
     }();
     return values[bits];
@@ -36,11 +45,13 @@ inline float value_of(uint16_t bits) {
 
 template <int kTokens>
 struct Wgmma {
+    template <class T>
     static void issue(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-        emulator::current->groups.back().push_back([&d, &a, b, accumulate] { multiply(d, a, b, accumulate); });
+        emulator::current->groups.back().push_back([&d, &a, b, accumulate] { multiply<T>(d, a, b, accumulate); });
     }
 
 private:
+    template <class T>
     static void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
         using namespace emulator;
         current->operand = a;
@@ -50,8 +61,8 @@ private:
         for (int t = 0; t < 4; ++t) {
             for (int i = 0; i < 4; ++i) {
                 const uint32_t pair = lane_of_warp(first + t).operand[i];
-                rows[i % 2][i / 2 * 8 + 2 * t] = value_of(static_cast<uint16_t>(pair));
-                rows[i % 2][i / 2 * 8 + 2 * t + 1] = value_of(static_cast<uint16_t>(pair >> 16));
+                rows[i % 2][i / 2 * 8 + 2 * t] = value_of<T>(static_cast<uint16_t>(pair));
+                rows[i % 2][i / 2 * 8 + 2 * t + 1] = value_of<T>(static_cast<uint16_t>(pair >> 16));
             }
         }
         for (int j = 0; j < kTokens / 8; ++j) {
@@ -63,7 +74,7 @@ private:
                     at ^= (at >> 7 & 7) << 4;
                     uint16_t bits;
                     std::memcpy(&bits, memory(at, 2), 2);
-                    column[k] = value_of(bits);
+                    column[k] = value_of<T>(bits);
                 }
                 for (int r = 0; r < 2; ++r) {
                     float sum = accumulate ? d[4 * j + 2 * r + h] : 0.f;
