@@ -332,7 +332,7 @@ private:
                         for (int e = 0; e < 2; ++e) {
                             const int token = warp_m_ * Tile::kWarpTokens + j * 8 + lane_ % 4 * 2 + e;
                             staged[token * Shared::kPitchOfY + local_channel(i, half)] =
-                                Traits<T>::round(fmaf(sums[i][j][2 * half + e] * unit, scale, bias));
+                                Traits<T>::round(fmaf(sums[i][j][2 * half + e], unit * scale, bias));
                         }
                 }
         }

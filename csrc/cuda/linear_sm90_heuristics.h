@@ -187,7 +187,8 @@ inline Plan choose_plan(const LinearProblem& p, const Device& device) {
 // product in bf16 takes 0.3 to 1.6 us more than in fp16, the conversion 1.2 to 5.4 (qkv, o, gate_up and down, 1 to 64
 // tokens).
 inline bool multiplies_in_bf16(const LinearProblem& p, const Device& device) {
-    return p.dtype == Dtype::kBFloat16 && p.groups == 1 && p.m <= 64 && memory_is_slow(device) && has_aligned_rows(p);
+    const bool has_map = has_aligned_rows(p) && (p.x_stride >= p.k || p.m == 1);
+    return p.dtype == Dtype::kBFloat16 && p.groups == 1 && p.m <= 64 && memory_is_slow(device) && has_map;
 }
 
 }  // namespace sm90

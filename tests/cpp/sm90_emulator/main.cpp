@@ -200,7 +200,9 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
         std::printf("m %d n %d k %d: conversion failed\n", m, n, k);
         return false;
     }
-    const double step = kHalf ? 0x1p-11 : 0x1p-8, smallest = kHalf ? 0x1p-24 : 0x1p-133;  // of rounding y
+    // Of rounding y; and, where nothing scales x, of sums below fp32's normal numbers, times weights' 2^20 and a scale.
+    const double step = kHalf ? 0x1p-11 : 0x1p-8, below_normal = in_bf16 ? k * 0x1p-129 * 1.5 : 0;
+    const double smallest = (kHalf ? 0x1p-24 : 0x1p-133) + below_normal;
     const auto launch = [&] {
         if (in_bf16) return sm90::launch_bf16<Fmt>(p, device, workspace.data(), nullptr);
         return tile == 0 ? sm90::launch<Fmt>(p, device, workspace.data(), nullptr)
