@@ -219,7 +219,7 @@ private:
     __device__ void copy_gated(int channel, int token) const {
         const int chunk = thread_ % 8, n = (channel + 8 * chunk) / 2, channels = p_.n / 2;
         uint16_t* y = static_cast<uint16_t*>(p_.y);
-#pragma unroll 1
+#pragma unroll
         for (int row = 0; row < Layout::kStagedTokens; row += 16) {
             const int inside = row + thread_ / 8, m = token + inside;
             if (inside >= Layout::kStagedTokens || m >= p_.m || n >= channels) continue;

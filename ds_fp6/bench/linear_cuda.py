@@ -1,8 +1,9 @@
 """``python -m ds_fp6.bench linear --device cuda``: the FP6 linear layer raced against cuBLAS, and humming where it is.
 
 Every contender's launches are captured in a CUDA graph, a copy of the weight after the other, more of them than the L2
-holds, so that a weight is read from memory as it is in a model. Contenders alternate with pauses, because the GPU
-lowers its clock under load; the median of their replays counts. The floor is the larger of what memory and tensor cores
+holds, so that a weight is read from memory as it is in a model. Contenders alternate, and rest before each replay for
+at least as long as the longest of them worked: the GPU lowers its clock under load, and without a rest one contender
+would pay for what the one before it drew. The median of their replays counts. The floor is the larger of what memory and tensor cores
 need at the rates that the same GPU reaches in the same run. Every result is checked against fp64.
 """
 
@@ -30,8 +31,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_MODEL = "llama-2-70b"
 DEFAULT_M = [1, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 4096]
 
-#: Replays of each contender, the pause before each, and about how much work a graph holds, in seconds.
-REPLAYS, PAUSE, GRAPH_SECONDS = 7, 2e-3, 3e-3
+#: Replays of each contender, the least pause before each, and about how much work a graph holds, in seconds.
+REPLAYS, PAUSE, GRAPH_SECONDS = 11, 2e-3, 3e-3
 #: Copies of a weight hold this many times the L2.
 CACHES = 4
 #: Channels whose outputs are checked against fp64, and by how much of the terms' magnitudes fp32 sums may be off.
@@ -96,10 +97,12 @@ def race_replays(contenders: dict[str, Callable[[int], object]], launches: int) 
     """Seconds a launch of each contender: the median of its replays, taken in turns."""
     replays = {name: replay_of(run, launches) for name, run in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    rest = PAUSE
     for turn in range(REPLAYS + 1):
         for name, replay in replays.items():
-            time.sleep(PAUSE)
+            time.sleep(rest)
             taken = replay()
+            rest = max(rest, taken * launches)
             if turn:  # the first one warms up
                 times[name].append(taken)
     return {name: statistics.median(taken) for name, taken in times.items()}
