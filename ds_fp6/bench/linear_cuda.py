@@ -3,8 +3,8 @@
 Every contender's launches are captured in a CUDA graph, a copy of the weight after the other, more of them than the L2
 holds, so that a weight is read from memory as it is in a model. Contenders alternate, and rest before each replay for
 at least as long as the longest of them worked: the GPU lowers its clock under load, and without a rest one contender
-would pay for what the one before it drew. The median of their replays counts. The floor is the larger of what memory and tensor cores
-need at the rates that the same GPU reaches in the same run. Every result is checked against fp64.
+would pay for what the one before it drew. The median of their replays counts. The floor is the larger of what memory
+and tensor cores need at the rates that the same GPU reaches in the same run. Every result is checked against fp64.
 """
 
 from __future__ import annotations
