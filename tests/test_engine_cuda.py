@@ -88,6 +88,41 @@ def test_steps_with_nothing_read_between_them(graphs, monkeypatch):
         assert torch.equal(hurried, waited)
 
 
+def conversations() -> tuple[list[torch.Tensor], set]:
+    """Logits of steps in which prompts of many lengths join the sequences that go on, the same four times over; the
+    sizes of steps that were captured."""
+    from ds_fp6.integrations.engine import build_engine, step
+
+    engine = build_engine(
+        MODEL, "wf6af16", max_context=512, max_ragged_sequence_count=8, memory_config={"mode": "allocate", "size": 32}
+    )
+    found = []
+    for _ in range(4):
+        tokens = {}
+        for uid, length in enumerate([5, 100, 16, 30, 62, 300]):
+            tokens = {i: torch.tensor([(i * 13 + uid * 5) % 500]) for i in tokens} | {uid: torch.arange(7, 7 + length)}
+            found.append(step(engine, tokens).cpu())
+        for uid in tokens:
+            engine.flush(uid)
+    padder = engine._batch._padder
+    return found, set(padder.captured) if padder else set()
+
+
+def test_steps_with_prompts_are_captured_and_change_nothing(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("DS_FP6_CUDA_GRAPHS", "0")
+    plain, nothing = conversations()
+    monkeypatch.setenv("DS_FP6_CUDA_GRAPHS", "1")
+    ours, captured = conversations()
+    assert not nothing and len([size for size in captured if size.tokens > size.sequences]) == 6
+    for found, expected in zip(ours, plain, strict=True):
+        # A linear layer of 100 rows adds up otherwise than one of 128.
+        torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=6e-2)
+    # From the second time on a step replays, to the bit what it was when it ran as usual.
+    for first, second, third in zip(ours, ours[6:], ours[12:]):
+        assert torch.equal(second, third) and torch.equal(first, second)
+
+
 GENERATE = """
 import json, sys
 import mii

@@ -1,4 +1,4 @@
-"""Captured decode steps: which there are, how batches are filled, and that nothing changes.
+"""Captured steps: which there are, how batches are filled, and that nothing changes.
 
 A "graph" here calls the step again: what is captured and with which batch is the same as on a GPU.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ds_fp6.integrations.engine as fastgen
 from ds_fp6 import triton_ops
-from ds_fp6.integrations.deepspeed import graphs
+from ds_fp6.integrations.deepspeed import filling, graphs
+from ds_fp6.integrations.deepspeed.filling import Filler, Size
 from ds_fp6.integrations.mii.pipeline import kv_capacity
 from ds_fp6.triton_ops import plan
 
@@ -85,7 +87,7 @@ def test_steps_are_the_same_with_and_without():
         # A few units in the last place of fp16: a CPU's linear layer of 6 rows is not its layer of 8.
         torch.testing.assert_close(ours, theirs, rtol=0, atol=6e-2)
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
-    assert captured.captured == (1, 4, 8) and device.captures == 3
+    assert captured.captured == ((1, 1), (4, 4), (8, 8)) and device.captures == 3
     # Of 12 steps, the first of each size, the prompts' and the joining prompt's are no replays.
     assert device.replays == 12 - 3 - 2
     assert captured.closed is None
@@ -96,7 +98,7 @@ def test_filling_touches_its_own_block_only():
     plain, _ = build(None)
     for one in (engine, plain):
         talk(one)
-    scratch = int(captured.scratch_list)
+    scratch = int(captured.scratch_list[0])
     layers = range(engine.model().num_layers)
     kept = [block for block in range(BLOCKS + 1) if block != scratch]
     held = engine._state_manager.get_sequence(0).all_block_ids()
@@ -116,7 +118,7 @@ def test_nothing_is_captured_beyond_the_budget():
     device = Device(cost=100)
     engine, captured = build(device, budget=150)
     assert talk(engine)[-1].isfinite().all()
-    assert captured.captured == (4, 8) and "DS_FP6_CUDA_GRAPHS_MEMORY" in captured.closed
+    assert captured.captured == ((4, 4), (8, 8)) and "DS_FP6_CUDA_GRAPHS_MEMORY" in captured.closed
     # The size of one sequence runs as it comes.
     assert device.captures == 2 and device.replays == 12 - 2 - 2 - 3
 
@@ -133,7 +135,7 @@ def test_a_capture_that_fails_leaves_steps_as_they_were(device):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 12, 96, 100, 512])
 def test_sizes(limit):
-    sizes = graphs.sizes(limit)
+    sizes = filling.sizes(limit)
     assert sizes[-1] == limit and list(sizes) == sorted(set(sizes)) and sizes[0] == 1
     for n in range(9, limit + 1):
         assert next(size for size in sizes if size >= n) <= 2 * n - 1
@@ -141,6 +143,79 @@ def test_sizes(limit):
     for n, kv_heads in itertools.product(range(1, limit + 1), (1, 8, 32)):
         filled = next(size for size in sizes if size >= n)
         assert plan.splits(n, kv_heads) == plan.splits(filled, kv_heads)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 16, 100, 256, 768, 2048])
+def test_sizes_of_batches_with_prompts(limit):
+    tokens, sequences = filling.token_sizes(limit), filling.prompt_sizes(limit)
+    for found in (tokens, sequences):
+        assert found[-1] == limit and list(found) == sorted(set(found))
+    # Linear layers take tiles of 128 or 96 tokens: filling adds none to what a batch takes.
+    tiles = {n: min(-(-n // 128) * 128, -(-n // 96) * 96) for n in range(193, limit - 127)}
+    assert all(next(t for t in tokens if t >= n) <= most for n, most in tiles.items())
+
+
+def test_what_a_batch_is_filled_up_to():
+    filler = Filler(sequences=12, tokens=256, scratch=0)
+    assert filler.size([1] * 5) == (8, 8) and filler.size([1] * 12) == (12, 12)
+    assert filler.size([16]) == (1, 16) and filler.size([17]) == (2, 32)  # tokens that fill are a sequence's
+    assert filler.size([1, 1, 100]) == (4, 128) and filler.size([30, 1, 1]) == (4, 32)
+    assert filler.size([245] + [1] * 11) == (12, 256)
+    assert filler.size([100] + [1] * 11) is None  # there is no sequence left to fill with
+
+
+def converse(engine, lengths: list[int]) -> list[torch.Tensor]:
+    """Prompts of so many tokens, one more each step, with all earlier sequences going on; the logits of each step."""
+    tokens, found = {}, []
+    for uid, length in enumerate(lengths):
+        tokens[uid] = torch.arange(7, 7 + length)
+        logits = fastgen.step(engine, tokens)
+        assert logits.shape[0] == len(tokens) == engine._batch.current_sequences
+        assert engine._batch.current_tokens == length + uid
+        found.append(logits)
+        tokens = {uid: chosen.view(1) for uid, chosen in zip(tokens, logits.argmax(-1), strict=True)}
+    for uid in tokens:
+        engine.flush(uid)
+    return found
+
+
+def test_steps_with_prompts_are_captured_when_they_come_again():
+    device = Device()
+    engine, captured = build(device)
+    plain, _ = build(None)
+    lengths = [5, 100, 16, 30, 62, 13]  # filled with many tokens in more than a cache block, with one, with sequences only
+    for turn in range(3):
+        for ours, theirs in zip(converse(engine, lengths), converse(plain, lengths), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=6e-2)
+            assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+        assert (device.captures, device.replays) == [(0, 0), (6, 0), (6, 6)][turn]
+    assert captured.captured == ((2, 16), (4, 32), (4, 128), (8, 32), (8, 48), (8, 96))
+    assert engine.free_blocks == plain.free_blocks == [BLOCKS]
+
+
+def test_what_is_launched_tells_steps_of_one_size_apart():
+    launches = iter(["one", "other", "one", "other", "one", "other"])
+    runs = []
+    steps = graphs.StepGraphs(
+        lambda batch: runs.append(batch._current_tokens) or torch.zeros(batch._current_sequences, 3),
+        Filler(4, 64, scratch=0), device := Device(), budget=1, launches=lambda: next(launches),
+    )  # fmt: skip
+    batch = SimpleNamespace(_current_sequences=1, _current_tokens=20)
+    for _ in range(6):
+        batch._inflight_seq_descriptors_shadow_buf = [0, 20, 0, 0]
+        batch._token_to_seq_storage_shadow_buf, batch._kv_blocks_ptr_buf, batch._batch_tokens = [0] * 20, [0], []
+        steps.pad(batch)
+        assert steps.forward(batch).shape == (1, 3) and batch._current_tokens == 20
+    assert runs == [32] * 6 and device.captures == device.replays == 2
+
+
+def test_prompts_may_be_left_out(monkeypatch):
+    monkeypatch.setattr(graphs, "takes_prompts", lambda: False)
+    device = Device()
+    engine, captured = build(device)
+    for _ in range(3):
+        converse(engine, [5, 100])
+    assert device.captures == 0 and captured.captured == ()
 
 
 def test_settings(monkeypatch):
@@ -160,8 +235,13 @@ def test_settings(monkeypatch):
     monkeypatch.setenv(graphs.VARIABLE, "0")
     assert graphs.chosen(cpu=False) == (False, "DS_FP6_CUDA_GRAPHS=0")
     monkeypatch.setenv(graphs.VARIABLE, "yes")
-    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+    with pytest.raises(ValueError, match="must be 0, 1 or decode, got 'yes'"):
         graphs.chosen(cpu=False)
+    monkeypatch.setenv(graphs.VARIABLE, "decode")
+    monkeypatch.delenv(graphs.attention.VARIABLE)
+    assert graphs.chosen(cpu=False) == (True, "DS_FP6_CUDA_GRAPHS=decode") and not graphs.takes_prompts()
+    monkeypatch.delenv(graphs.VARIABLE)
+    assert graphs.takes_prompts()
     assert graphs.memory_budget() == 512 << 20
     monkeypatch.setenv(graphs.MEMORY_VARIABLE, "1.5G")
     assert graphs.memory_budget() == 3 << 29
@@ -188,7 +268,7 @@ def test_warming_up_leaves_nothing_behind():
     free = engine.free_blocks
     graphs.warm_up(engine)
     assert engine.free_blocks == free and not engine._state_manager.tracked_sequences
-    assert captured.captured == (1,)
+    assert captured.captured == ((1, 1),)
     plain, _ = build(None)
     for ours, theirs in zip(talk(engine), talk(plain), strict=True):
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))

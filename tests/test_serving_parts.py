@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_fp6.integrations.deepspeed.graphs import DecodeGraphs, paused
+from ds_fp6.integrations.deepspeed.graphs import StepGraphs, paused
 from ds_fp6.integrations.mii.sampling import Sampler, Sampling, choose, token_logprobs
 from ds_fp6.serving.engine import Engine
 from ds_fp6.serving.errors import ApiError
@@ -136,7 +136,7 @@ def test_token_logprobs():
 
 
 def test_steps_that_score_prompts_are_not_captured():
-    graphs = DecodeGraphs(run=lambda batch: f"logits of {batch}", limit=4, scratch=0, device=None, budget=0)
+    graphs = StepGraphs(run=lambda batch: f"logits of {batch}", filler=None, device=None, budget=0)
     engine = SimpleNamespace(_batch=SimpleNamespace(_padder=graphs))
     with paused(engine):
         graphs.pad("a batch")

@@ -19,8 +19,8 @@ class TritonAttention(DSSelfAttentionBase):
     """Rotary embedding, cache writes and causal attention over the blocked cache.
 
     Sequences with one new token take one launch for all of it, spread over the length of their cache. All others
-    take two: rotary embedding and cache writes, then a kernel for many queries at a time. For a batch with one token
-    a sequence the number of sequences alone decides what is launched: such a step can be captured and replayed.
+    take two: rotary embedding and cache writes, then a kernel for many queries at a time. A batch's numbers of sequences
+    and tokens and ``launches`` decide what is launched: a step can be captured and replayed.
     """
 
     @staticmethod
@@ -66,9 +66,15 @@ class TritonAttention(DSSelfAttentionBase):
         """Notes which of the kernels the batch needs, and for which lengths. There are no atoms to copy."""
         descriptors = ragged_batch.inflight_seq_descriptors(on_device=False)[: ragged_batch.current_sequences]
         several = descriptors[descriptors[:, 1] > 1]
-        self._has_single, self._has_several = len(several) < len(descriptors), len(several) > 0
+        # Those that fill a batch up may have no token at all.
+        self._has_single, self._has_several = bool((descriptors[:, 1] == 1).any()), len(several) > 0
         positions = int(several[:, 1:3].sum())
         self._is_long = self._has_several and positions >= self.long_prompt * len(several)
+
+    @property
+    def launches(self) -> tuple[bool, bool, bool]:
+        """What the batch in hand launches, besides what its numbers of sequences and tokens say."""
+        return self._has_single, self._has_several, self._is_long
 
     def forward(
         self, q_k_v: torch.Tensor, kv_cache: torch.Tensor, batch: RaggedBatchWrapper,

@@ -68,8 +68,6 @@ def _prefill_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
     head, kv_heads = tl.program_id(0), tl.num_programs(0)
     # The last queries see most: they go first.
     program = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -123,6 +121,9 @@ def _prefill_kernel(
         HEAD, PAGE, KEYS, COLUMNS, True, WINDOWED,
     )  # fmt: skip
     result = total / weight_sum[:, None]
+    if OVERLAP:
+        # Not earlier: the next layer's blocks take a multiprocessor each, which programs in their loop would then lack.
+        gdc_launch_dependents()
     tl.store(out + token[:, None] * out_stride + of_row, result.to(out.dtype.element_ty), mask=real)
 
 

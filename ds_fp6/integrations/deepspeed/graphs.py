@@ -1,12 +1,12 @@
-"""CUDA graphs of decode steps.
+"""CUDA graphs of steps.
 
-A batch of one token a sequence is filled up to one of a few sizes. The first step of a size runs as usual and is then
-captured; later ones replay it, which spares the host a thousand launches. Every address that a step uses is the same
-each time: the batch's tensors, the modules' outputs and the KV cache are allocated once, and what the step allocates
-itself lies in the graphs' own pool. Sequences that fill a batch up have a cache block of their own, which nobody
-reads, and their logits are dropped.
+A batch is filled up to one of some sizes (``filling``). The first step of a size runs as usual and is then captured;
+later ones replay it, which spares the host a thousand launches. Steps that take prompts in have many sizes: one that
+has come once runs as usual, and is captured when it comes again. Every address that a step uses is the same each time:
+the batch's tensors, the modules' outputs and the KV cache are allocated once, and what the step allocates itself lies
+in the graphs' own pool.
 
-Steps that take prompts in are never captured; nor are models with experts.
+Steps of models with experts are never captured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
 import torch
@@ -23,9 +23,10 @@ import torch
 from ds_fp6.integrations.deepspeed import attention
 from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.deepspeed.argmax import argmax
+from ds_fp6.integrations.deepspeed.filling import Filler, Size, scratch_entries
 from ds_fp6.integrations.patching import Hook, wrap
 
-#: ``1`` or ``0``; unset is 1.
+#: ``1``, ``decode`` for steps without prompts only, or ``0``; unset is 1.
 VARIABLE = "DS_FP6_CUDA_GRAPHS"
 
 #: How much memory of a GPU graphs may take, such as ``512M``: once they have, no other size is captured.
@@ -34,18 +35,15 @@ DEFAULT_MEMORY = "512M"
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
-#: Batches of up to 8 are filled up to a power of two: kernels take 8 tokens in the time of one.
-_SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-
 
 def chosen(cpu: bool) -> tuple[bool, str]:
-    """Whether decode steps are captured, and why or why not. ``cpu``: whether the engine runs on a CPU.
+    """Whether steps are captured, and why or why not. ``cpu``: whether the engine runs on a CPU.
 
     Raises ``ValueError`` for another value of the variable, or one that asks for what cannot be had.
     """
     text = os.environ.get(VARIABLE, "").strip()
-    if text not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} must be 0 or 1, got {text!r}")
+    if text not in ("", "0", "1", "decode"):
+        raise ValueError(f"{VARIABLE} must be 0, 1 or decode, got {text!r}")
     if text == "0":
         return False, f"{VARIABLE}=0"
     choice, why = attention.chosen(cpu)
@@ -53,10 +51,15 @@ def chosen(cpu: bool) -> tuple[bool, str]:
     if problem is None and choice != "triton":
         problem = f"DeepSpeed's attention cannot be captured ({why})"
     if problem and text:
-        raise ValueError(f"{VARIABLE}=1 cannot be had: {problem}")
+        raise ValueError(f"{VARIABLE}={text} cannot be had: {problem}")
     if problem:
         return False, problem
-    return True, f"{VARIABLE}=1" if text else "default on a GPU"
+    return True, f"{VARIABLE}={text}" if text else "default on a GPU"
+
+
+def takes_prompts() -> bool:
+    """Whether steps with prompts are captured as well, where any are."""
+    return os.environ.get(VARIABLE, "").strip() != "decode"
 
 
 def memory_budget() -> int:
@@ -66,16 +69,6 @@ def memory_budget() -> int:
     if match is None:
         raise ValueError(f"{MEMORY_VARIABLE} must be a size such as 512M or 2G, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def sizes(limit: int) -> tuple[int, ...]:
-    """The sizes that batches are filled up to, the last of them ``limit``: at most half a batch of 64 is filling."""
-    found = [size for size in _SMALL_SIZES if size < limit]
-    size = 96
-    while size < limit:
-        found.append(size)
-        size += 32 if size < 256 else 64
-    return (*found, limit)
 
 
 class Device(Protocol):
@@ -123,77 +116,77 @@ class CudaDevice:
         return bool(flag.item())
 
 
-class DecodeGraphs:
-    """Captured decode steps of one engine.
+class StepGraphs:
+    """Captured steps of one engine.
 
     Args:
         run: the model's own forward, from a batch to logits [sequences, vocabulary].
-        limit: sequences in the largest batch.
-        scratch: address of an int32 list with the number of a cache block that nobody reads.
+        filler: what fills batches up.
         device: what captures.
         budget: bytes after which nothing more is captured.
+        prompts: whether steps with prompts are captured too.
+        launches: what a step launches besides what the sizes of its batch say.
     """
 
-    def __init__(self, run: Callable, limit: int, scratch: int, device: Device, budget: int) -> None:
-        self._run, self._scratch, self._device, self._budget = run, scratch, device, budget
-        self._sizes = sizes(limit)
-        self._captured: dict[int, Callable[[], torch.Tensor]] = {}
+    def __init__(
+        self, run: Callable, filler: Filler, device: Device, budget: int, prompts: bool = True,
+        launches: Callable[[], Hashable] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._run, self._filler, self._device, self._budget = run, filler, device, budget
+        self._prompts, self._launches = prompts, launches
+        self._captured: dict[tuple[Size, Hashable], Callable[[], torch.Tensor]] = {}
+        #: Steps with prompts that have come once.
+        self._seen: set[tuple[Size, Hashable]] = set()
         self._bytes = 0
         #: Whether steps run as usual for now.
         self.paused = False
         #: Why nothing more is captured, None while it is.
         self.closed: str | None = None
-        #: Sequences of the batch in hand that are not filling; None where it is no decode step of a captured size.
-        self._real: int | None = None
+        #: Sequences and tokens of the batch in hand that are not filling; None where it has not been filled up.
+        self._real: Size | None = None
 
     @property
-    def captured(self) -> tuple[int, ...]:
+    def captured(self) -> tuple[Size, ...]:
         """The sizes that have been captured."""
-        return tuple(sorted(self._captured))
-
-    def _size(self, sequences: int) -> int | None:
-        size = next((size for size in self._sizes if size >= sequences), None)
-        return size if size in self._captured or self.closed is None else None
+        return tuple(sorted({size for size, _ in self._captured}))
 
     def pad(self, batch) -> None:
-        """Fills a batch of one token a sequence up to a captured size, with first tokens that go to the scratch block.
+        """Fills a batch up to a size that is captured or will be.
 
         To be called once the batch is complete and before it is sent to the device.
         """
         self._real = None
-        if self.paused:
+        if self.paused or batch._current_sequences == 0:
             return
-        real = batch._current_sequences
         counts = batch._inflight_seq_descriptors_shadow_buf[1::4]
-        if real == 0 or counts.count(1) != real:
+        if not self._prompts and sum(counts) != len(counts):
             return
-        size = self._size(real)
-        if size is None:
+        size = self._filler.size(counts)
+        if size is None or (self.closed is not None and size not in self.captured):
             return
-        self._real = real
-        for i in range(real, size):
-            batch._inflight_seq_descriptors_shadow_buf += [i, 1, 0, 0]
-            batch._token_to_seq_storage_shadow_buf.append(i)
-            batch._kv_blocks_ptr_buf.append(self._scratch)
-        if size > real:
-            batch._batch_tokens.append(torch.zeros(size - real, dtype=torch.int64))
-        batch._current_tokens = batch._current_sequences = size
+        self._real = Size(batch._current_sequences, batch._current_tokens)
+        self._filler.fill(batch, size)
 
     def forward(self, batch) -> torch.Tensor:
         """The model's logits for the batch, from a captured step where there is one."""
         if self._real is None:
             return self._run(batch)
-        size, real = batch._current_sequences, self._real
-        replay = self._captured.get(size)
+        step = Size(batch._current_sequences, batch._current_tokens), self._launches()
+        replay = self._captured.get(step)
         try:
-            logits = replay() if replay is not None else self._first(batch, size)
+            logits = replay() if replay is not None else self._first(batch, step)
         finally:
-            batch._current_tokens = batch._current_sequences = real
-        return logits[:real]
+            batch._current_sequences, batch._current_tokens = self._real
+        return logits[: self._real.sequences]
 
-    def _first(self, batch, size: int) -> torch.Tensor:
-        """Runs a step of a new size, which also compiles and allocates what it needs, then captures it."""
+    def _first(self, batch, step: tuple[Size, Hashable]) -> torch.Tensor:
+        """Runs a new step, which also compiles and allocates what it needs, then captures it, if it is to be."""
         logits = self._run(batch)
+        size = step[0]
+        has_prompts, comes_again = size.tokens != size.sequences, step in self._seen
+        self._seen.add(step)
+        if self.closed is not None or (has_prompts and not comes_again):
+            return logits
         if not self._device.agree(self._bytes < self._budget):
             self._close(f"graphs take {self._bytes >> 20} MiB of {self._budget >> 20} ({MEMORY_VARIABLE})")
             return logits
@@ -201,23 +194,23 @@ class DecodeGraphs:
         try:
             replay = self._device.capture(lambda: self._run(batch))
         except Exception as error:
-            problem = f"a step of {size} sequences could not be captured: {error}"
+            problem = f"a step of {size.sequences} sequences, {size.tokens} tokens could not be captured: {error}"
         if not self._device.agree(problem is None):
             self._close(problem or "another rank could not capture")
             return logits
         self._bytes += max(0, self._device.used_bytes() - before)
-        self._captured[size] = replay
+        self._captured[step] = replay
         return logits
 
     def _close(self, why: str) -> None:
         from deepspeed.utils import logger
 
         self.closed = why
-        logger.warning(f"ds_fp6: no more CUDA graphs, sizes {self.captured} are captured: {why}")
+        logger.warning(f"ds_fp6: no more CUDA graphs than these {len(self._captured)}: {why}")
 
 
 def model_problem(model) -> str | None:
-    """Why the decode steps of a model cannot be captured, None where they can."""
+    """Why the steps of a model cannot be captured, None where they can."""
     from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSMoETransformerModelBase
 
     if isinstance(model, DSMoETransformerModelBase):
@@ -227,8 +220,8 @@ def model_problem(model) -> str | None:
     return None
 
 
-def attach(engine, device: Device, budget: int | None = None) -> DecodeGraphs:
-    """Lets an ``InferenceEngineV2`` capture and replay its decode steps from now on.
+def attach(engine, device: Device, budget: int | None = None) -> StepGraphs:
+    """Lets an ``InferenceEngineV2`` capture and replay its steps from now on.
 
     Takes one block of the engine's KV cache. Raises ``ValueError`` where none is free.
     """
@@ -236,13 +229,16 @@ def attach(engine, device: Device, budget: int | None = None) -> DecodeGraphs:
     limits = engine._config.state_manager
     block = state.allocate_blocks(1)
     state._kv_cache._reserved_blocks = 1
-    scratch = block.to(device=state.get_cache(0).device, dtype=torch.int32)
+    tokens = limits.max_ragged_batch_size
+    entries = scratch_entries(tokens, engine._model.attn.kv_block_size)
+    scratch = block.to(device=state.get_cache(0).device, dtype=torch.int32).repeat(entries)
     # The model has the graphs, so these must not keep it alive.
     model = weakref.ref(engine._model)
-    most = min(limits.max_ragged_sequence_count, limits.max_ragged_batch_size)
-    graphs = DecodeGraphs(
-        lambda batch: type(model()).forward(model(), batch), most,
-        scratch.data_ptr(), device, memory_budget() if budget is None else budget,
+    graphs = StepGraphs(
+        lambda batch: type(model()).forward(model(), batch),
+        Filler(limits.max_ragged_sequence_count, tokens, scratch.data_ptr()), device,
+        memory_budget() if budget is None else budget, takes_prompts(),
+        lambda: getattr(model().attn, "launches", None),
     )  # fmt: skip
     graphs.scratch_list = scratch
     engine._batch._padder = graphs
@@ -304,7 +300,7 @@ def _init_engine(original, self, policy, engine_config) -> None:
     if problem is None:
         attach(self, CudaDevice(self._base_mp_group))
     elif use:
-        logger.warning(f"ds_fp6: decode steps are not captured: {problem}")
+        logger.warning(f"ds_fp6: steps are not captured: {problem}")
     if not on_cpu():
         warm_up(self)
 
@@ -347,5 +343,5 @@ def _wrap_engine() -> None:
 
 
 HOOKS = (
-    Hook("InferenceEngineV2.__init__, BlasLibLinear", "GPU: decode steps are captured and replayed", _wrap_engine),
+    Hook("InferenceEngineV2.__init__, BlasLibLinear", "GPU: steps are captured and replayed", _wrap_engine),
 )
