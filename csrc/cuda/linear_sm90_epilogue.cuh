@@ -192,7 +192,11 @@ private:
                 }
             }
             sync();
-            p_.gate == Gate::kNone ? copy_staged(channel, token + first) : copy_gated<Element>(channel, token + first);
+            if (p_.gate == Gate::kNone) {
+                copy_staged(channel, token + first);
+            } else {
+                with_gate(p_.gate, [&](auto gate) { copy_gated<Element, decltype(gate)::value>(channel, token + first); });
+            }
         }
     }
 
@@ -215,7 +219,7 @@ private:
     }
 
     // Eight staged channels become four of y.
-    template <class Element>
+    template <class Element, Gate kGate>
     __device__ void copy_gated(int channel, int token) const {
         const int chunk = thread_ % 8, n = (channel + 8 * chunk) / 2, channels = p_.n / 2;
         uint16_t* y = static_cast<uint16_t*>(p_.y);
@@ -224,7 +228,7 @@ private:
             const int inside = row + thread_ / 8, m = token + inside;
             if (inside >= Layout::kStagedTokens || m >= p_.m || n >= channels) continue;
             const uint4 v = load_shared_16(staging_ + inside * 128 + ((chunk ^ (inside % 8)) * 16));
-            const uint2 out = make_uint2(gated_pair<Element>(v.x, v.y), gated_pair<Element>(v.z, v.w));
+            const uint2 out = make_uint2(gated_pair<Element, kGate>(v.x, v.y), gated_pair<Element, kGate>(v.z, v.w));
             uint16_t* target = y + static_cast<int64_t>(m) * channels + n;
             if (channels % 4 == 0) {
                 *reinterpret_cast<uint2*>(target) = out;
@@ -236,11 +240,11 @@ private:
     }
 
     // Two (gate, up) pairs to two channels.
-    template <class Element>
+    template <class Element, Gate kGate>
     __device__ uint32_t gated_pair(uint32_t first, uint32_t second) const {
         const Element* a = reinterpret_cast<const Element*>(&first);
         const Element* b = reinterpret_cast<const Element*>(&second);
-        return pack_pair(gated(p_.gate, to_float(a[0]), to_float(a[1])), gated(p_.gate, to_float(b[0]), to_float(b[1])),
+        return pack_pair(gated<kGate>(to_float(a[0]), to_float(a[1])), gated<kGate>(to_float(b[0]), to_float(b[1])),
                          Element());
     }
 

@@ -51,6 +51,19 @@ DS_FP6_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
     return d;
 }
 
+// ---- sm_80: functions of fp32, off by 2 units in the last place; what would be subnormal is 0 ----
+
+DS_FP6_DEVICE float exp2_approximate(float x) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+DS_FP6_DEVICE float reciprocal_approximate(float x) {
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+
 // ---- sm_80: copies ----
 
 DS_FP6_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
