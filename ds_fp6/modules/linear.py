@@ -16,10 +16,6 @@ from ds_fp6 import ops
 from ds_fp6.formats import Mode
 from ds_fp6.weight import PackedWeight
 
-#: Rows up to which the matrix product's kernel also computes the gate. Beyond, nothing hides its arithmetic, and the
-#: launch that it spares takes less time (docs/kernels.md, version 19).
-MOST_ROWS_OF_A_GATE = 128
-
 
 @DSLinearRegistry.register_module
 class QuantizedLinear(DSLinearBase):
@@ -92,9 +88,7 @@ class QuantizedLinear(DSLinearBase):
         return y
 
     def _fuses_gate(self, rows: int) -> bool:
-        """Whether the CUDA kernel for so many rows applies gates itself, and is to."""
-        if rows > MOST_ROWS_OF_A_GATE:
-            return False
+        """Whether the CUDA kernel for so many rows applies gates itself."""
         if rows not in self._has_gates:
             fmt = self.mode.format
             name = ops.cuda_kernel_name(
