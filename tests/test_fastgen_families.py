@@ -63,14 +63,14 @@ def test_logits(family):
 
 
 def test_greedy_tokens_under_split_prompts_and_exhausted_cache(family, monkeypatch):
-    """Quantized to FP6. A cache of 3 blocks of 128 tokens holds three prompts until all of them outgrow their
-    blocks at once, so that one has to start over; the prompt of 300 tokens is split into batches of 96."""
+    """Quantized to FP6. A cache of 3 blocks of 128 tokens holds three prompts until two of them have
+    outgrown their blocks, so that one has to start over; the prompt of 300 tokens is split into batches of 96."""
     import mii
-    from mii.batching.ragged_batching import RaggedBatchBase
 
-    starts_over = []
-    reset = RaggedBatchBase.reset_request_status
-    monkeypatch.setattr(RaggedBatchBase, "reset_request_status", lambda self: (starts_over.append(1), reset(self)))
+    from ds_fp6.integrations.mii import requests
+
+    starts_over, start_over = [], requests.start_over
+    monkeypatch.setattr(requests, "start_over", lambda *args: (starts_over.append(1), start_over(*args)))
     model, path = family
     mode = "wf6a32"
     manager = {
@@ -81,7 +81,7 @@ def test_greedy_tokens_under_split_prompts_and_exhausted_cache(family, monkeypat
         path, quantization_mode=mode, tokenizer=models.number_tokenizer(),
         inference_engine_config={"state_manager": manager},
     )  # fmt: skip
-    prompts = models.random_prompts(100, 110, 120, 300, 7)
+    prompts = models.random_prompts(80, 90, 95, 300, 7)
     texts = [" ".join(map(str, prompt.tolist())) for prompt in prompts]
     responses = pipe(texts, max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
     pipe.destroy()

@@ -15,14 +15,16 @@ import pytest
 import tensor_parallel_rank
 import torch
 
+from ds_fp6.integrations.mii import requests
 from ds_fp6.integrations.pipeline import generate as generate_text
 from ds_fp6.integrations.pipeline import open_pipeline
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 MODES = (None, "wf6a32", "wf5a32g4")
-PROMPT_LENGTHS = (7, 100, 200)
-NEW_TOKENS = 16
+#: More than three blocks of 128 tokens hold: the fourth waits, and the third starts over.
+PROMPT_LENGTHS = (7, 90, 92, 200)
+NEW_TOKENS = 44
 
 
 def generate(path: str, mode: str | None) -> list[str]:
@@ -31,7 +33,7 @@ def generate(path: str, mode: str | None) -> list[str]:
 
     pipe = mii.pipeline(
         path, quantization_mode=mode, tokenizer=models.number_tokenizer(),
-        inference_engine_config={"state_manager": {"memory_config": {"mode": "allocate", "size": 8}}},
+        inference_engine_config={"state_manager": {"memory_config": {"mode": "allocate", "size": 3}}},
     )  # fmt: skip
     prompts = [" ".join(map(str, prompt.tolist())) for prompt in models.random_prompts(*PROMPT_LENGTHS)]
     with pytest.raises(ValueError, match="no tokens"):
@@ -47,8 +49,10 @@ def rank_environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("family", "ahead"), [("llama_gqa", "0"), ("opt", "1")])
-def test_two_ranks_generate_what_one_does(family, ahead, tmp_path):
+def test_two_ranks_generate_what_one_does(family, ahead, tmp_path, monkeypatch):
     """The second with lookahead, for which the first rank sends the other its tokens."""
+    starts_over, start_over = [], requests.start_over
+    monkeypatch.setattr(requests, "start_over", lambda *args: (starts_over.append(1), start_over(*args)))
     path = models.save(models.build(family), tmp_path / "model")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     result = tmp_path / "result.json"
@@ -56,6 +60,7 @@ def test_two_ranks_generate_what_one_does(family, ahead, tmp_path):
     subprocess.run([*ranks, path, str(result)], check=True, env=environment, timeout=200)
     expected = {str(mode): generate(path, mode) for mode in MODES}
     assert json.loads(result.read_text()) == expected
+    assert len(starts_over) == len(MODES)
 
 
 #: Nothing of this model is a multiple of 4 but the layers that the engine does not split.

@@ -17,6 +17,7 @@ _installed = False
 REPAIRS = (
     Repair("request-checks", "empty prompts and requests beyond the model's or the KV cache's length hung or asserted"),
     Repair("full-cache", "a full KV cache started a split prompt over for ever, or failed while others finished"),
+    Repair("standstill", "with more requests than the KV cache had room for, all but two or three of them stood still"),
     Repair("requeue", "text generated before a request lost its KV cache was missing from its response"),
     Repair("failed-call", "a call that raised left requests behind that corrupted the next one"),
     Repair("async-failure", "an exception in the generation thread left every client waiting for ever"),
@@ -39,10 +40,10 @@ REPAIRS = (
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, errors, load_format, loop, pipeline, processing, requests, score_file
-    from ds_fp6.integrations.mii import server, stream
+    from ds_fp6.integrations.mii import api, errors, load_format, loop, pipeline, processing, requests, scheduling
+    from ds_fp6.integrations.mii import score_file, server, stream
 
-    modules = load_format, api, pipeline, requests, processing, loop, stream, score_file, server, errors
+    modules = load_format, api, pipeline, requests, scheduling, processing, loop, stream, score_file, server, errors
     return tuple(hook for module in modules for hook in module.HOOKS)
 
 

@@ -68,6 +68,8 @@ def accept(self, requests, tokens: torch.Tensor, queue: bool = True) -> None:
         self._num_generated_tokens += 1
         if request.stop_generation:
             request.has_left = True
+            # Not when its client gets round to it: others wait for its blocks.
+            self._queue_flush_request(request.uid)
             self._generate_output(request)
             continue
         request.input_tokens, request.is_done = as_input, False

@@ -23,6 +23,11 @@ def kv_capacity(engine) -> int:
     return (blocks - reserved_blocks(kv_cache)) * block_size
 
 
+def kv_block_size(engine) -> int:
+    """Tokens that a block of the KV cache of an ``InferenceEngineV2`` holds."""
+    return engine._state_manager._kv_cache._caches[0].shape[2]
+
+
 def _port_is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
+
+import torch
 
 from ds_fp6.integrations.mii.pipeline import kv_capacity
 from ds_fp6.integrations.patching import Hook, wrap
+
+
+_arrivals = itertools.count(1)
 
 
 def _make_request(original, self, tid, uid, input_tokens, kwargs):
@@ -25,6 +31,8 @@ def _make_request(original, self, tid, uid, input_tokens, kwargs):
     if new_tokens is not None and new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {new_tokens}")
     request = original(self, tid, uid, input_tokens, kwargs)
+    #: Who came first keeps its KV cache; one that starts over keeps its place.
+    request.arrival = next(_arrivals)
     _leave_out_what_greedy_ignores(request)
     return request
 
@@ -38,57 +46,38 @@ def _leave_out_what_greedy_ignores(request) -> None:
         request.post_processing = [name for name in request.post_processing if not name.startswith(ignored)]
 
 
-def _reset_request_status(original, self) -> None:
-    """Takes the KV cache of the last request that waits with one, which starts over with what it generated so far
-    as part of its prompt. If none does, finished sequences are about to give theirs back; MII asserted instead.
-    Nothing is taken while tokens are on their way from the device: they would be missing from that prompt.
-    """
-    if self._flight is not None:
-        return
-    holders = [r for r in self.buffer if not r.is_flush_request and r.seq_length > 0]
-    if not holders and self.inference_engine._state_manager.n_tracked_sequences:
-        return
-    if not holders:
-        waiting = [len(r.input_tokens) for r in self.buffer if not r.is_flush_request]
-        raise RuntimeError(
-            f"no waiting request can be scheduled: prompts of {waiting} tokens, a KV cache of "
-            f"{kv_capacity(self.inference_engine)} tokens with {self.inference_engine.free_blocks} blocks free"
-        )
-    last = holders[-1]
-    last.first_prompt = getattr(last, "first_prompt", last.prompt_tokens)
-    last.earlier_tokens = getattr(last, "earlier_tokens", []) + list(last.generated_tokens)
-    original(self)
+def split(request, tokens: int):
+    """Leaves a prompt its first ``tokens`` tokens for the next step. Returns the request of the rest, None if there is
+    none."""
+    rest = None
+    if tokens < len(request.input_tokens):
+        rest = copy.copy(request)
+        rest.input_tokens, rest.last_in_prompt = request.input_tokens[tokens:], True
+        rest.seq_length = request.seq_length + tokens
+    request.input_tokens, request.last_in_prompt = request.input_tokens[:tokens], rest is None
+    return rest
 
 
-def _schedule_prompts(self, requests) -> None:
-    """Schedules waiting prompts in their order, as far as batch and KV cache have room for each as a whole.
+def start_over(pipeline, request) -> None:
+    """Takes the KV cache of a request in ``pipeline.buffer``, all of whose tokens have been read: it waits with those
+    as part of its prompt."""
+    new = copy.copy(request)
+    new.first_prompt = getattr(request, "first_prompt", request.prompt_tokens)
+    new.earlier_tokens = getattr(request, "earlier_tokens", []) + request.generated_tokens
+    new.prompt_tokens = torch.cat([request.prompt_tokens, *(token.unsqueeze(0) for token in request.generated_tokens)])
+    new.input_tokens, new.seq_length, new._generated_tokens = new.prompt_tokens, 0, []
+    new.max_new_tokens = request.max_new_tokens - len(request.generated_tokens)
+    pipeline.buffer = type(pipeline.buffer)(new if r is request else r for r in pipeline.buffer)
+    flush = copy.copy(request)
+    flush.input_tokens = None
+    pipeline.scheduled_requests.append(flush)
 
-    MII's own stops where no block is free, even for the rest of a prompt that needs none any more. With all blocks
-    taken by such a prompt it starts it over, and over again.
-    """
-    engine = self.inference_engine
-    limits = engine._config.state_manager
-    free_blocks = min(engine.free_blocks)
-    for request in requests:
-        if request.max_length <= request.seq_length:
-            continue
-        room = limits.max_ragged_batch_size - self.scheduled_length
-        if room <= 0 or len(self.scheduled_requests.requests_to_run) >= limits.max_ragged_sequence_count:
-            break
-        blocks, waiting = free_blocks - self.scheduled_req_blocks, request.input_tokens
-        if engine.query(request.uid, len(waiting), blocks)[0] < len(waiting):
-            break
-        tokens, new_blocks = engine.query(request.uid, min(len(waiting), room), blocks)
-        request.input_tokens, rest = waiting[:tokens], waiting[tokens:]
-        request.last_in_prompt = len(rest) == 0
-        self.scheduled_requests.append(request)
-        self.scheduled_req_blocks += new_blocks
-        self.scheduled_length += tokens
-        if len(rest):
-            remainder = copy.copy(request)
-            remainder.input_tokens, remainder.last_in_prompt = rest, True
-            remainder.seq_length = request.seq_length + tokens
-            self.buffer.appendleft(remainder)
+
+def _flush(_original, self, uids) -> None:
+    """Sequences are flushed when they end, and need not be any more when their clients ask for it."""
+    for uid in uids:
+        if self.inference_engine._state_manager.get_sequence(uid) is not None:
+            self.inference_engine.flush(uid)
 
 
 def _generate_output(original, self, r):
@@ -102,11 +91,10 @@ def _wrap_requests() -> None:
     from mii.batching.ragged_batching import RaggedBatchBase
 
     wrap(RaggedBatchBase, "make_request", _make_request)
-    wrap(RaggedBatchBase, "reset_request_status", _reset_request_status)
+    wrap(RaggedBatchBase, "flush", _flush)
     wrap(RaggedBatchBase, "_generate_output", _generate_output)
-    RaggedBatchBase._schedule_prompts = _schedule_prompts
 
 
 HOOKS = (
-    Hook("mii.batching.ragged_batching.RaggedBatchBase", "request checks, full caches, starting over", _wrap_requests),
+    Hook("mii.batching.ragged_batching.RaggedBatchBase", "request checks, starting over", _wrap_requests),
 )

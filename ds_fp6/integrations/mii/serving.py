@@ -34,7 +34,7 @@ from ds_fp6.integrations import load_format as formats
 from ds_fp6.integrations import mii as hooks
 from ds_fp6.integrations.deepspeed.batch import to_device
 from ds_fp6.integrations.mii.handover import is_idle
-from ds_fp6.integrations.mii.pipeline import kv_capacity
+from ds_fp6.integrations.mii.pipeline import kv_block_size, kv_capacity
 from ds_fp6.integrations.mii.prompt_logits import prompt_logits
 from ds_fp6.integrations.mii.sampling import LogprobsUnderWay, Sampler, Sampling, TokenLogprobs, choose, token_logprobs
 
@@ -184,7 +184,7 @@ class ServingPipeline(MIIAsyncPipeline):
     @property
     def block_size(self) -> int:
         """Tokens that a KV block holds."""
-        return self.inference_engine._state_manager._kv_cache._caches[0].shape[2]
+        return kv_block_size(self.inference_engine)
 
     # The generation thread.
 
@@ -305,7 +305,8 @@ class ServingPipeline(MIIAsyncPipeline):
         finish = FINISH_REASONS.get(r.finish_reason)
         self._outputs.append((r.uid, Step(int(r.next_token), getattr(r, "next_logprobs", None), finish)))
         if finish is not None:
-            self._forget(r.uid)
+            with self.lock:
+                self._sequences.pop(r.uid, None)
 
 
 @dataclass(frozen=True)
