@@ -132,8 +132,7 @@ __device__ inline void sync_blocks() {
 template <class T, int kBits>
 __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring, int worker, int rank) {
     using Layout = SharedLayout<T, kBits>;
-    // Weights of more tiles than one along the tokens are read again.
-    const uint64_t policy = p.schedule.tiles_m == 1 ? policy_evict_first() : policy_evict_normal();
+    const uint64_t policy = policy_evict_first();
     int ahead = 72 * 1024 / Layout::kWeightStage;  // stages
     typename Ring<T, kBits>::Slot slot;
     PieceWalk walk(p.schedule, worker);

@@ -35,8 +35,9 @@ DEFAULT_M = [1, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 4096]
 REPLAYS, PAUSE, GRAPH_SECONDS = 11, 2e-3, 3e-3
 #: Copies of a weight hold this many times the L2.
 CACHES = 4
-#: Channels whose outputs are checked against fp64, and by how much of the terms' magnitudes fp32 sums may be off.
-CHECKED_CHANNELS, SUM_TOLERANCE = 96, 2.0**-20
+#: Channels whose outputs are checked against fp64, and by how much of the terms' magnitudes fp32 sums may be off: tensor
+#: cores cut off what they align, which over 28672 terms was seen to pass 2^-20.
+CHECKED_CHANNELS, SUM_TOLERANCE = 96, 2.0**-19
 
 
 @dataclasses.dataclass(frozen=True)

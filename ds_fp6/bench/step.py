@@ -234,7 +234,8 @@ def _measure_here(shape: Shape, engine_name: str, path: Path) -> int:
         engine = build_engine(
             scratch, mode, "dummy", shape.tp,
             max_context=longest, max_ragged_batch_size=max(768, shape.batch + shape.prompt),
-            max_ragged_sequence_count=shape.batch + 1, max_tracked_sequences=shape.batch + 1,
+            # One more than there are: batches with prompts are filled up with a sequence of their own.
+            max_ragged_sequence_count=shape.batch + 2, max_tracked_sequences=shape.batch + 2,
             memory_config={"mode": "allocate", "size": (shape.batch + 1) * (longest // BLOCK + 2)},
         )  # fmt: skip
     fill_cache(engine, dict.fromkeys(range(shape.batch), shape.context))

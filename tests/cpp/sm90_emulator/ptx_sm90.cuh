@@ -35,7 +35,6 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
 }
 
 inline uint64_t policy_evict_first() { return 0; }
-inline uint64_t policy_evict_normal() { return 0; }
 inline uint64_t policy_evict_last() { return 0; }
 
 inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t address, uint64_t) {
