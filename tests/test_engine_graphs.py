@@ -156,12 +156,13 @@ def test_sizes_of_batches_with_prompts(limit):
 
 
 def test_what_a_batch_is_filled_up_to():
-    filler = Filler(sequences=12, tokens=256, scratch=0)
+    filler = Filler(sequences=12, tokens=256, scratch=0, longest=40)
     assert filler.size([1] * 5) == (8, 8) and filler.size([1] * 12) == (12, 12)
     assert filler.size([16]) == (1, 16) and filler.size([17]) == (2, 32)  # tokens that fill are a sequence's
     assert filler.size([1, 1, 100]) == (4, 128) and filler.size([30, 1, 1]) == (4, 32)
     assert filler.size([245] + [1] * 11) == (12, 256)
     assert filler.size([100] + [1] * 11) is None  # there is no sequence left to fill with
+    assert filler.size([151]) is None and filler.size([152]) == (2, 192)  # a sequence has at most 40 tokens
 
 
 def converse(engine, lengths: list[int]) -> list[torch.Tensor]:
@@ -198,7 +199,7 @@ def test_what_is_launched_tells_steps_of_one_size_apart():
     runs = []
     steps = graphs.StepGraphs(
         lambda batch: runs.append(batch._current_tokens) or torch.zeros(batch._current_sequences, 3),
-        Filler(4, 64, scratch=0), device := Device(), budget=1, launches=lambda: next(launches),
+        Filler(4, 64, scratch=0, longest=64), device := Device(), budget=1, launches=lambda: next(launches),
     )  # fmt: skip
     batch = SimpleNamespace(_current_sequences=1, _current_tokens=20)
     for _ in range(6):

@@ -50,11 +50,13 @@ def token_sizes(limit: int) -> tuple[int, ...]:
 class Filler:
     """Fills up the batches of an engine that takes up to ``sequences`` and ``tokens`` in one.
 
-    ``scratch``: address of an int32 list of ``scratch_entries`` times the number of a cache block that nobody reads.
+    Args:
+        scratch: address of an int32 list of ``scratch_entries`` times the number of a cache block that nobody reads.
+        longest: tokens of a sequence that the model has positions for.
     """
 
-    def __init__(self, sequences: int, tokens: int, scratch: int) -> None:
-        self._scratch = scratch
+    def __init__(self, sequences: int, tokens: int, scratch: int, longest: int) -> None:
+        self._scratch, self._longest = scratch, longest
         self._decode, self._prompt = sizes(min(sequences, tokens)), prompt_sizes(sequences)
         self._tokens = token_sizes(tokens)
 
@@ -65,6 +67,8 @@ class Filler:
             filled = next((size for size in self._decode if size >= real), None)
             return filled and Size(filled, filled)
         wanted = next(size for size in self._tokens if size >= tokens)
+        if wanted - tokens > self._longest:
+            return None
         # Tokens that fill need a sequence.
         filled = next((size for size in self._prompt if size >= real + (wanted > tokens)), None)
         return filled and Size(filled, wanted)
@@ -75,7 +79,10 @@ class Filler:
         """
         real, tokens = batch._current_sequences, batch._current_tokens
         missing, lacking = size.sequences - real, size.tokens - tokens
-        counts = [1] * missing if missing == lacking and tokens == real else [0] * (missing - 1) + [lacking] * (missing > 0)
+        if tokens == real:
+            counts = [1] * missing
+        else:
+            counts = [0] * (missing - 1) + [lacking] if missing else []
         first = tokens
         for i, count in enumerate(counts):
             batch._inflight_seq_descriptors_shadow_buf += [first, count, 0, 0]

@@ -236,7 +236,7 @@ def attach(engine, device: Device, budget: int | None = None) -> StepGraphs:
     model = weakref.ref(engine._model)
     graphs = StepGraphs(
         lambda batch: type(model()).forward(model(), batch),
-        Filler(limits.max_ragged_sequence_count, tokens, scratch.data_ptr()), device,
+        Filler(limits.max_ragged_sequence_count, tokens, scratch.data_ptr(), engine._model.max_sequence_length), device,
         memory_budget() if budget is None else budget, takes_prompts(),
         lambda: getattr(model().attn, "launches", None),
     )  # fmt: skip
