@@ -5,8 +5,8 @@ the tokens on the device, where they were chosen; the host reads them, looks for
 step runs. A request that turns out to have ended has one row too many in that step: its result is dropped, and its
 cache blocks are freed as usual, after the step on the device's queue. Ends by length are known beforehand.
 
-A request cannot lose its cache while a step's tokens are unread, since it starts over with all of them: where nothing
-else can be scheduled, nothing is, and the tokens are read first.
+A request cannot lose its cache while its token is unread, since it starts over with all of them: one that is to sits a
+step out first. Where nothing can be scheduled, nothing is, and the tokens are read.
 
 With tensor parallelism the first rank's tokens are broadcast from device to device, and the other ranks are told with
 the schedule which of them go where.

@@ -2,8 +2,8 @@
 
 MII reads a step's tokens, wakes every stream that gets one, decides what runs next, and only then starts it: the
 device idles meanwhile, and the woken threads compete with this one for the interpreter. Here a step is started first,
-and the tokens of the one before are given out while it runs. What ends a request is given out at once, so its cache
-blocks are free as early as ever.
+and the tokens of the one before are given out while it runs. What ends a request is given out at once, and its cache
+blocks are free for the next step, whenever its client asks for that.
 """
 
 from __future__ import annotations

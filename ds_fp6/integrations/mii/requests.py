@@ -10,7 +10,6 @@ import torch
 from ds_fp6.integrations.mii.pipeline import kv_capacity
 from ds_fp6.integrations.patching import Hook, wrap
 
-
 _arrivals = itertools.count(1)
 
 
@@ -31,7 +30,7 @@ def _make_request(original, self, tid, uid, input_tokens, kwargs):
     if new_tokens is not None and new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {new_tokens}")
     request = original(self, tid, uid, input_tokens, kwargs)
-    #: Who came first keeps its KV cache; one that starts over keeps its place.
+    # Who came first keeps its KV cache longest. Copies keep the number, so who starts over keeps its place.
     request.arrival = next(_arrivals)
     _leave_out_what_greedy_ignores(request)
     return request
@@ -74,7 +73,7 @@ def start_over(pipeline, request) -> None:
 
 
 def _flush(_original, self, uids) -> None:
-    """Sequences are flushed when they end, and need not be any more when their clients ask for it."""
+    """Sequences are flushed when they end: where clients ask for it later, there is nothing left to do."""
     for uid in uids:
         if self.inference_engine._state_manager.get_sequence(uid) is not None:
             self.inference_engine.flush(uid)
