@@ -18,16 +18,28 @@ ROOT = Path(__file__).parent.parent
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
-@pytest.mark.parametrize("capability", SHARED)
-def test_kernels_fit(capability):
+@pytest.fixture(scope="module")
+def compiling(tmp_path_factory):
+    """A process for each capability, side by side, and the files that take what it prints and its errors."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "compile_attention.py"), str(capability)],
-        capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    folder, running = tmp_path_factory.mktemp("compiled"), {}
+    for capability in SHARED:
+        printed, errors = folder / f"{capability}.json", folder / f"{capability}.log"
+        with printed.open("w") as out, errors.open("w") as err:
+            command = [sys.executable, str(ROOT / "tests" / "compile_attention.py"), str(capability)]
+            running[capability] = subprocess.Popen(command, stdout=out, stderr=err, env=environment), printed, errors
+    yield running
+    for process, *_ in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_fit(compiling, capability):
+    process, printed, errors = compiling[capability]
+    assert process.wait(timeout=280) == 0, errors.read_text()[-3000:]
+    found = json.loads(printed.read_text())
     assert len(found) == 15
     for kernel, usage in found.items():
         assert usage["shared"] <= SHARED[capability], kernel

@@ -63,22 +63,31 @@ def _cuda_include() -> Path:
     return next(Path("/usr/local").glob("cuda*/include/cuda_fp16.h")).parent
 
 
+#: Format, type of x, and a flag more, of a program.
+PROGRAMS = [("3, 2", "__half", "-g0"), ("2, 2", "__nv_bfloat16", "-DDS_FP6_EVERY_LANE_ARRIVES")]
+
+
+@pytest.fixture(scope="module")
+def compiling(sources: Path) -> dict[str, tuple[subprocess.Popen, Path]]:
+    """The compilers of the emulations for each type of x, side by side, and the programs that they make."""
+    running = {}
+    for fmt, dtype, flag in PROGRAMS:
+        program = sources / f"emulate_{dtype}"
+        command = [
+            "c++", "-std=c++17", "-O2", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
+            f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", flag, f"-I{sources}",
+            f"-I{_cuda_include()}", str(sources / "main.cpp"), "-o", str(program),
+        ]  # fmt: skip
+        running[dtype] = subprocess.Popen(command), program
+    return running
+
+
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
-@pytest.mark.parametrize(
-    "fmt, dtype, cases, flag",
-    [("3, 2", "__half", CASES + GROUPED, "-g0"), ("2, 2", "__nv_bfloat16", BF16_CASES, "-DDS_FP6_EVERY_LANE_ARRIVES")],
-)
-def test_emulated_kernel_agrees_with_double_precision(
-    sources: Path, fmt: str, dtype: str, cases: list, flag: str
-) -> None:  # fmt: skip
-    program = sources / f"emulate_{dtype}"
-    subprocess.run(
-        ["c++", "-std=c++17", "-O2", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
-         f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", flag, f"-I{sources}", f"-I{_cuda_include()}",
-         str(sources / "main.cpp"), "-o", str(program)],
-        check=True,
-    )  # fmt: skip
+@pytest.mark.parametrize("dtype, cases", [("__half", CASES + GROUPED), ("__nv_bfloat16", BF16_CASES)])
+def test_emulated_kernel_agrees_with_double_precision(compiling: dict, dtype: str, cases: list) -> None:
+    compiler, program = compiling[dtype]
+    assert compiler.wait(timeout=280) == 0
     # Two processes share the cases, for machines with as many cores.
     arguments = [[str(number) for case in half for number in case] for half in (cases[::2], cases[1::2])]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -128,22 +137,36 @@ def test_conversion_of_activations_does_not_spill(tmp_path: Path) -> None:
     assert all(int(count) <= 64 for count in re.findall(r"Used (\d+) registers", report)), report
 
 
+#: A file of kernels, how many there are in it, and the registers with which those of some tiles start.
+KERNELS = [
+    ("linear_sm90_e3m2.cu", 24, {"TileILi4ELi128E": 168, "TileILi2ELi32ELi4E": 96}),
+    ("linear_sm90_bf16_e3m2.cu", 10, {"TileILi4ELi64ELi2ELi5ELi2ELi1ELi1E": 168}),
+]
+
+
+@pytest.fixture(scope="module")
+def assembling(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.Popen, Path]]:
+    """nvcc for each file, side by side, and what ptxas reports."""
+    folder, running = tmp_path_factory.mktemp("assembled"), {}
+    for source, *_ in KERNELS:
+        report = folder / f"{source}.log"
+        command = [
+            NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
+            "-cubin", "-o", str(folder / f"{source}.cubin"), str(CUDA / source),
+        ]  # fmt: skip
+        with report.open("w") as said:
+            running[source] = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT), report
+    return running
+
+
 @needs_nvcc
-@pytest.mark.parametrize(
-    "source, instances, starts",
-    [("linear_sm90_e3m2.cu", 24, {"TileILi4ELi128E": 168, "TileILi2ELi32ELi4E": 96}),
-     ("linear_sm90_bf16_e3m2.cu", 10, {"TileILi4ELi64ELi2ELi5ELi2ELi1ELi1E": 168})],
-)  # fmt: skip
+@pytest.mark.parametrize("source, instances, starts", KERNELS)
 def test_ptxas_neither_spills_nor_serializes(
-    tmp_path: Path, source: str, instances: int, starts: dict[str, int]
-) -> None:
-    result = subprocess.run(
-        [NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
-         "-cubin", "-o", str(tmp_path / "kernels.cubin"), str(CUDA / source)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    report = result.stdout + result.stderr
-    assert result.returncode == 0, report
+    assembling: dict, source: str, instances: int, starts: dict[str, int]
+) -> None:  # fmt: skip
+    compiler, said = assembling[source]
+    status, report = compiler.wait(timeout=280), said.read_text()
+    assert status == 0, report
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
     assert len(kernels) == instances and set(kernels) == {("0", "0")}, report
     # Warpgroups hand registers around (setmaxnreg) out of what the block starts with: with less they would wait forever.
