@@ -166,9 +166,12 @@ def test_bf16_tokens_of_any_magnitude(kernel, powers, exponent, generator):
         x = x.bfloat16()
         bias = (2.0**exponent * torch.randn(n, generator=generator)).bfloat16().cuda()
         for terms in (None, bias):
-            expected = Expected(x, weight, terms)
-            expected.allowed += k * SMALLEST_SUM * weight.scales.T
+            exact, unscaled = Expected(x, weight, terms), Expected(x, weight, terms)
+            unscaled.allowed += k * SMALLEST_SUM * weight.scales.T
             for m in (1, 8, 16, 30, 64, 300):
+                # On every GPU linear_sm90 scales rows first that are more than 64 or not aligned.
+                is_scaled = weight.kernel_name(m) == "sm90" and (m > 64 or k % 8 != 0)
+                expected = exact if is_scaled else unscaled
                 expected.check(weight.linear(x[:m], terms), f"1e{powers}: {m} x {n} x {k}", m)
 
 

@@ -1,8 +1,8 @@
 """Which sequences take part in the next step, and which give their share of the KV cache back.
 
 MII lets prompts in as long as a block is free. A sequence that then finds none for its next token stands still, and
-only when all of them do does one give its blocks back, to two or three others, which run alone until they want more:
-with three times as many clients as the cache had room for, the median step had 3 sequences of the 57 that fit. Here
+only when all of them do does one give its blocks back, to two or three others, which run alone until they want more.
+Here
 
 - blocks go to who arrived first;
 - who finds none stands still until others end, which costs nothing but its place in the batch. Where more than a
@@ -23,11 +23,9 @@ from ds_fp6.integrations.mii import requests
 from ds_fp6.integrations.mii.pipeline import kv_block_size, kv_capacity
 from ds_fp6.integrations.patching import Hook, wrap
 
-#: One of so many sequences may stand still. In simulated closed loops with answers of 128 to 500 tokens a quarter gave
-#: as much throughput, an eighth and a half 1 and 2 % less, all of them 9 %.
+#: One of so many sequences may stand still: with fewer, more start over; with more, fewer run.
 STANDING = 3
-#: Newcomers leave others room for one of so many parts of a block. In the same loops, half a block gave 1.5 % less, and
-#: room for all that sequences may ever want 34 %; without any, twice as many started over.
+#: Newcomers leave others room for one of so many parts of a block: with less, more start over; with more, fewer run.
 AHEAD = 4
 
 
