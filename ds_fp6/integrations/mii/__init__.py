@@ -35,15 +35,17 @@ REPAIRS = (
     Repair("greedy", "requests that take the likeliest token sorted the vocabulary at each step, for top-p"),
     Repair("mixed-parameters", "requests with different sampling or stop parameters in one batch ended the server"),
     Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
+    Repair("stream-threads", "a thread and a message for each stream and token took the interpreter from the steps"),
 )
 
 
 def hooks() -> tuple[Hook, ...]:
     """Every place of MII that is hooked, in the order of installation."""
-    from ds_fp6.integrations.mii import api, errors, load_format, loop, pipeline, processing, requests, scheduling
-    from ds_fp6.integrations.mii import score_file, server, stream
+    from ds_fp6.integrations.mii import api, balancer, errors, load_format, loop, pipeline, processing, requests
+    from ds_fp6.integrations.mii import scheduling, score_file, server, stream, streams
 
     modules = load_format, api, pipeline, requests, scheduling, processing, loop, stream, score_file, server, errors
+    modules += streams, balancer
     return tuple(hook for module in modules for hook in module.HOOKS)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import queue
 from pathlib import Path
-from types import SimpleNamespace
 
 from ds_fp6.integrations.mii import guard
 from ds_fp6.integrations.mii.server import ServerFailed, deployment_directory
@@ -16,17 +14,7 @@ from ds_fp6.integrations.patching import Hook, wrap
 NOTICE = 8
 
 
-class ResultQueue(queue.Queue):
-    """A queue whose ``get`` raises what was put if that is an exception."""
-
-    def get(self, *args, **kwargs):
-        item = super().get(*args, **kwargs)
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-
-def _readable(error: Exception, directory: Path | None) -> Exception:
+def readable(error: Exception, directory: Path | None) -> Exception:
     """What to raise for an error of gRPC: its text, or why the server is gone. Other errors stay as they are."""
     import grpc
 
@@ -43,35 +31,8 @@ def _readable(error: Exception, directory: Path | None) -> Exception:
     return ServerFailed(text) if text.startswith("the server is gone") else RuntimeError(text)
 
 
-def _own_directory() -> Path | None:
+def own_directory() -> Path | None:
     return Path(os.environ[guard.VARIABLE]) if guard.VARIABLE in os.environ else None
-
-
-def _invoke_stream(original, self, method_name, proto_request, result_queue):
-    """MII runs this in a thread whose exceptions nobody sees: its client waited ten minutes for a response."""
-    try:
-        return original(self, method_name, proto_request, result_queue)
-    except Exception as error:
-        result_queue.put(_readable(error, _own_directory()))
-
-
-def _invoke(original, self, method_name, proto_request):
-    from mii.constants import TERMINATE_METHOD
-
-    try:
-        return original(self, method_name, proto_request)
-    except Exception as error:
-        if method_name == TERMINATE_METHOD:
-            raise
-        raise _readable(error, _own_directory()) from error
-
-
-def _wrap_load_balancer() -> None:
-    from mii.grpc_related import modelresponse_server
-
-    modelresponse_server.queue = SimpleNamespace(Queue=ResultQueue, Empty=queue.Empty)
-    wrap(modelresponse_server.ParallelStubInvoker, "invoke_stream", _invoke_stream)
-    wrap(modelresponse_server.ParallelStubInvoker, "invoke", _invoke)
 
 
 async def _request(original, self, prompts, **options):
@@ -80,7 +41,7 @@ async def _request(original, self, prompts, **options):
     try:
         return await original(self, prompts, **options)
     except grpc.RpcError as error:
-        raise _readable(error, deployment_directory(self.mii_config.deployment_name)) from error
+        raise readable(error, deployment_directory(self.mii_config.deployment_name)) from error
 
 
 async def _stream(original, self, prompts, **options):
@@ -90,7 +51,7 @@ async def _stream(original, self, prompts, **options):
         async for response in original(self, prompts, **options):
             yield response
     except grpc.RpcError as error:
-        raise _readable(error, deployment_directory(self.mii_config.deployment_name)) from error
+        raise readable(error, deployment_directory(self.mii_config.deployment_name)) from error
 
 
 def _client_init(original, self, *args, **kwargs) -> None:
@@ -114,6 +75,5 @@ def _wrap_client() -> None:
 
 
 HOOKS = (
-    Hook("mii.grpc_related, its load balancer", "streams that failed left their client waiting", _wrap_load_balancer),
     Hook("mii.backend.client.MIIClient", "errors say what happened, not what gRPC makes of it", _wrap_client),
 )

@@ -229,10 +229,14 @@ def _wrap_start() -> None:
     wrap(MIIServer, "_wait_until_server_is_live", _wait_until_live)
 
 
-def _do_serve(original, service_impl, port, interceptors=()) -> None:
-    """gRPC shares a port with whoever else listens on it, and each gets some of the requests."""
+def check_port(port: int) -> None:
+    """Raises ``OSError`` for a port in use. gRPC shares it with whoever else listens, and each gets some requests."""
     if not is_free(port):
         raise OSError(errno.EADDRINUSE, f"port {port} is in use")
+
+
+def _do_serve(original, service_impl, port, interceptors=()) -> None:
+    check_port(port)
     original(service_impl, port, list(interceptors))
 
 
