@@ -105,7 +105,7 @@ using UngroupedTiles =
 using GroupedTiles = TileList<Tile8, Tile16, Tile32Grouped, Tile64>;
 // What bf16 activations that stay bf16 take of UngroupedTiles.
 using BFloat16Tiles = TileList<Tile8, Tile16, Tile16Cut, Tile32Cut, Tile48, Tile48Cut, Tile48WideCut, Tile64, Tile64Cut,
-                               Tile64WideCut>;
+                               Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow, Tile128Cut>;
 
 }  // namespace sm90
 }  // namespace cuda
