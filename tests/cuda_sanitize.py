@@ -25,8 +25,8 @@ from ds_fp6.formats import E2M2, E2M3, E3M2, Format  # noqa: E402
 CASES = [(E3M2, torch.float16), (E3M2, torch.bfloat16), (E2M2, torch.float16), (E2M3, torch.bfloat16), (Format(5, 2), torch.float16)]
 #: N, K, group size.
 WEIGHTS = [(1, 1, 0), (65, 127, 0), (200, 1096, 0), (330, 2056, 0), (130, 640, 64), (129, 200, 16)]
-#: Each tile of both kernels, and two tiles of the widest.
-TOKENS = [1, 13, 30, 50, 90, 100, 150]
+#: Each tile of both kernels, those from 96 tokens on full as well, and two tiles.
+TOKENS = [1, 13, 30, 50, 90, 96, 100, 128, 150]
 
 
 def main() -> int:

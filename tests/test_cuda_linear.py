@@ -55,7 +55,7 @@ def test_large_layers(kernel, fmt, dtype, shape, generator):
     bias = torch.randn(shape[0], generator=generator).to(dtype).cuda()
     x = random_x(768, shape[1], dtype, generator)
     expected = Expected(x, weight, bias)
-    for m in (1, 3, 8, 9, 16, 17, 32, 33, 64, 100, 128, 200, 257, 768):
+    for m in (1, 3, 8, 9, 16, 17, 32, 33, 64, 96, 100, 128, 200, 257, 768):
         expected.check(weight.linear(x[:m], bias), f"{fmt} {dtype} {m} x {shape}", m)
 
 
@@ -168,21 +168,21 @@ def test_bf16_tokens_of_any_magnitude(kernel, powers, exponent, generator):
         for terms in (None, bias):
             exact, unscaled = Expected(x, weight, terms), Expected(x, weight, terms)
             unscaled.allowed += k * SMALLEST_SUM * weight.scales.T
-            for m in (1, 8, 16, 30, 64, 300):
-                # On every GPU linear_sm90 scales rows first that are more than 64 or not aligned.
-                is_scaled = weight.kernel_name(m) == "sm90" and (m > 64 or k % 8 != 0)
+            for m in (1, 8, 16, 30, 64, 90, 128, 300):
+                # On every GPU linear_sm90 scales rows first that are more than 128 or not aligned.
+                is_scaled = weight.kernel_name(m) == "sm90" and (m > 128 or k % 8 != 0)
                 expected = exact if is_scaled else unscaled
                 expected.check(weight.linear(x[:m], terms), f"1e{powers}: {m} x {n} x {k}", m)
 
 
 def test_bf16_infinities_and_nans_spoil_their_own_tokens_only(kernel, generator):
     weight = RandomWeight(E3M2, 264, 1032, 0, generator)
-    x = random_x(70, 1032, torch.bfloat16, generator)
+    x = random_x(140, 1032, torch.bfloat16, generator)
     x[3, 17], x[20, 1031], x[66, 0] = float("inf"), float("nan"), float("-inf")
-    spoilt = torch.zeros(70, dtype=torch.bool, device="cuda")
+    spoilt = torch.zeros(140, dtype=torch.bool, device="cuda")
     spoilt[[3, 20, 66]] = True
     expected = Expected(x[~spoilt], weight)
-    for m in (8, 16, 32, 64, 70):
+    for m in (8, 16, 32, 64, 70, 140):
         y = weight.linear(x[:m])
         expected.check(y[~spoilt[:m]], f"{m} tokens", int((~spoilt[:m]).sum()))
         wide = x[:m].double() @ weight.values.T

@@ -185,7 +185,8 @@ inline Plan choose_plan(const LinearProblem& p, const Device& device) {
 
 // Whether bf16 activations are multiplied as they are, with the plan of fp16; else they become fp16 first. On an H100 a
 // product in bf16 takes 0.3 to 1.6 us more than in fp16, the conversion 1.2 to 5.4 (qkv, o, gate_up and down, 1 to 64
-// tokens). From 65 on weights become operands beneath the tensor cores' work, whatever the memory.
+// tokens). From 65 to 128 the tensor cores' work is to hide how weights become operands, whatever the memory; with more
+// tokens the conversion stays.
 inline bool multiplies_in_bf16(const LinearProblem& p, const Device& device) {
     const bool has_map = has_aligned_rows(p) && (p.x_stride >= p.k || p.m == 1);
     return p.dtype == Dtype::kBFloat16 && p.groups == 1 && has_map &&

@@ -1,4 +1,5 @@
-// Every problem on every GPU has a tile and a split that the kernel and its workspace can take.
+// Every problem on every GPU has a tile and a split that the kernel and its workspace can take; and bf16 that stays bf16
+// takes each tile that is compiled for it.
 #include <cstdio>
 #include <cstdlib>
 
@@ -20,12 +21,16 @@ static void check_split(const LinearProblem& p, const Device& device, const Tili
     if (s.whole < 0 || s.range_begin(split.workers) != shared) fail("ranges that do not end with the tiles");
 }
 
+// By the tile's number, whether bf16 that stays bf16 takes it where the memory is fast, and where it is slow.
+static bool taken[64][2];
+
 static void check_plan(const LinearProblem& p, const Device& device, const Plan& plan) {
     UngroupedTiles::with(plan.tile, [&](auto tile) {
         using T = decltype(tile);
         const Tiling tiling = Tiling::of<T>(p, device);
-        const bool compiled = !multiplies_in_bf16(p, device) || BFloat16Tiles::contains<T>();
-        if (!compiled || (p.m <= 64 && tiling.tiles_m != 1)) {
+        const bool in_bf16 = multiplies_in_bf16(p, device), compiled = !in_bf16 || BFloat16Tiles::contains<T>();
+        taken[plan.tile][memory_is_slow(device)] |= in_bf16;
+        if (!compiled || ((p.m <= 64 || in_bf16) && tiling.tiles_m != 1)) {
             std::printf("m %d: tiles of %d tokens%s\n", p.m, T::kTokens, compiled ? "" : ", not compiled for bf16");
             std::exit(1);
         }
@@ -33,11 +38,23 @@ static void check_plan(const LinearProblem& p, const Device& device, const Plan&
     });
 }
 
+// Tiles of more than 64 tokens are for every memory, the others for slow ones.
+template <class... T>
+static void check_taken(TileList<T...>) {
+    const auto check = [](int number, int tokens) {
+        const bool fast = taken[number][false], slow = taken[number][true];
+        if (slow && fast == (tokens > 64)) return;
+        std::printf("tile %d of %d tokens: bf16 takes it with fast memory: %d, with slow: %d\n", number, tokens, fast, slow);
+        std::exit(1);
+    };
+    (check(UngroupedTiles::number<T>(), T::kTokens), ...);
+}
+
 int main() {
     for (int sms : {2, 16, 78, 114, 132}) {
         for (int n : {1, 64, 200, 4096, 8192, 10240, 57344, 128256}) {
             for (int k : {8, 64, 1000, 8192, 28672}) {
-                for (int m : {1, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 96, 100, 128, 200, 256, 511, 768, 1024, 4097}) {
+                for (int m : {1, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 200, 256, 511, 768, 1024, 4097}) {
                     LinearProblem p{};
                     p.m = m, p.n = n, p.k = k, p.groups = 1;
                     for (double bandwidth : {25e9, 37e9}) {  // of an SM
@@ -49,5 +66,6 @@ int main() {
             }
         }
     }
+    check_taken(BFloat16Tiles());
     std::printf("right\n");
 }
