@@ -27,26 +27,30 @@ PROMPTS = [torch.arange(3 + 5 * i, 8 + 11 * i) for i in range(6)]
 
 
 class Device:
-    """Graphs that call what they captured, and cost ``cost`` bytes each."""
+    """Graphs that call what they captured, and cost ``cost`` bytes each, half of them at their first replay."""
 
-    def __init__(self, cost: int = 0, failure: Exception | None = None, willing: bool = True) -> None:
-        self.cost, self.failure, self.willing = cost, failure, willing
-        self.used = self.captures = self.replays = 0
+    def __init__(
+        self, cost: int = 0, failure: Exception | None = None, willing: bool = True, free: int = 1 << 40
+    ) -> None:  # fmt: skip
+        self.cost, self.failure, self.willing, self.free = cost, failure, willing, free
+        self.captures = self.replays = 0
 
     def capture(self, run):
         if self.failure is not None:
             raise self.failure
-        self.used += self.cost
+        self.free -= self.cost // 2
         self.captures += 1
+        uploads = iter([self.cost - self.cost // 2])
 
         def replay():
+            self.free -= next(uploads, 0)
             self.replays += 1
             return run()
 
         return replay
 
-    def used_bytes(self) -> int:
-        return self.used
+    def free_bytes(self) -> int:
+        return self.free
 
     def agree(self, ready: bool) -> bool:
         return ready and self.willing
@@ -88,8 +92,8 @@ def test_steps_are_the_same_with_and_without():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=6e-2)
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
     assert captured.captured == ((1, 1), (4, 4), (8, 8)) and device.captures == 3
-    # Of 12 steps, the first of each size, the prompts' and the joining prompt's are no replays.
-    assert device.replays == 12 - 3 - 2
+    # Of 12 steps, the prompts' and the joining prompt's are no replays; the first of each size is, once it is captured.
+    assert device.replays == 12 - 2
     assert captured.closed is None
 
 
@@ -118,9 +122,30 @@ def test_nothing_is_captured_beyond_the_budget():
     device = Device(cost=100)
     engine, captured = build(device, budget=150)
     assert talk(engine)[-1].isfinite().all()
-    assert captured.captured == ((4, 4), (8, 8)) and "DS_FP6_CUDA_GRAPHS_MEMORY" in captured.closed
-    # The size of one sequence runs as it comes.
-    assert device.captures == 2 and device.replays == 12 - 2 - 2 - 3
+    assert captured.captured == ((8, 8),)
+    assert captured.closed == "they take 0 MiB of 0 (DS_FP6_CUDA_GRAPHS_MEMORY)"
+    # Those of fewer sequences run as they come.
+    assert device.captures == 1 and 12 - 2 > device.replays > 0
+
+
+def test_prompts_get_half_of_the_budget():
+    device = Device(cost=100)
+    engine, captured = build(device, budget=400)
+    for _ in range(3):
+        converse(engine, [5, 100, 16, 30])
+    assert len([size for size in captured.captured if size.tokens > size.sequences]) == 2
+    assert captured.closed is None and captured.closed_to_prompts
+    talk(engine)
+    assert [size for size in captured.captured if size.tokens == size.sequences] == [(4, 4), (8, 8)]
+    assert captured.closed and device.captures == 4
+
+
+def test_a_capture_leaves_memory_to_other_steps():
+    device = Device(cost=100, free=graphs.HEADROOM + 250)
+    engine, captured = build(device)
+    talk(engine)
+    assert device.free >= graphs.HEADROOM and device.captures == 2
+    assert captured.closed == "256 MiB of the GPU's memory are left"
 
 
 @pytest.mark.parametrize("device", [Device(failure=RuntimeError("out of memory")), Device(willing=False)])
@@ -189,7 +214,7 @@ def test_steps_with_prompts_are_captured_when_they_come_again():
         for ours, theirs in zip(converse(engine, lengths), converse(plain, lengths), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=6e-2)
             assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
-        assert (device.captures, device.replays) == [(0, 0), (6, 0), (6, 6)][turn]
+        assert (device.captures, device.replays) == [(0, 0), (6, 6), (6, 12)][turn]
     assert captured.captured == ((2, 16), (4, 32), (4, 128), (8, 32), (8, 48), (8, 96))
     assert engine.free_blocks == plain.free_blocks == [BLOCKS]
 
@@ -199,7 +224,7 @@ def test_what_is_launched_tells_steps_of_one_size_apart():
     runs = []
     steps = graphs.StepGraphs(
         lambda batch: runs.append(batch._current_tokens) or torch.zeros(batch._current_sequences, 3),
-        Filler(4, 64, scratch=0, longest=64), device := Device(), budget=1, launches=lambda: next(launches),
+        Filler(4, 64, scratch=0, longest=64), device := Device(), budget=2, launches=lambda: next(launches),
     )  # fmt: skip
     batch = SimpleNamespace(_current_sequences=1, _current_tokens=20)
     for _ in range(6):
@@ -207,7 +232,8 @@ def test_what_is_launched_tells_steps_of_one_size_apart():
         batch._token_to_seq_storage_shadow_buf, batch._kv_blocks_ptr_buf, batch._batch_tokens = [0] * 20, [0], []
         steps.pad(batch)
         assert steps.forward(batch).shape == (1, 3) and batch._current_tokens == 20
-    assert runs == [32] * 6 and device.captures == device.replays == 2
+    # Each of the two steps ran, ran and was captured and replayed, and was replayed.
+    assert runs == [32] * (2 * 4) and device.captures == 2 and device.replays == 4
 
 
 def test_prompts_may_be_left_out(monkeypatch):
@@ -243,7 +269,7 @@ def test_settings(monkeypatch):
     assert graphs.chosen(cpu=False) == (True, "DS_FP6_CUDA_GRAPHS=decode") and not graphs.takes_prompts()
     monkeypatch.delenv(graphs.VARIABLE)
     assert graphs.takes_prompts()
-    assert graphs.memory_budget() == 512 << 20
+    assert graphs.memory_budget() == 1 << 30
     monkeypatch.setenv(graphs.MEMORY_VARIABLE, "1.5G")
     assert graphs.memory_budget() == 3 << 29
     monkeypatch.setenv(graphs.MEMORY_VARIABLE, "some")

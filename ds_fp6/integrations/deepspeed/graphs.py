@@ -29,9 +29,12 @@ from ds_fp6.integrations.patching import Hook, wrap
 #: ``1``, ``decode`` for steps without prompts only, or ``0``; unset is 1.
 VARIABLE = "DS_FP6_CUDA_GRAPHS"
 
-#: How much memory of a GPU graphs may take, such as ``512M``: once they have, no other size is captured.
+#: How much memory of a GPU graphs may take, such as ``512M``, those of steps with prompts half of it: once they have, no
+#: other size is captured. The KV cache leaves it free.
 MEMORY_VARIABLE = "DS_FP6_CUDA_GRAPHS_MEMORY"
-DEFAULT_MEMORY = "512M"
+DEFAULT_MEMORY = "1G"
+#: Bytes that a capture leaves free, for steps that run as usual.
+HEADROOM = 256 << 20
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -77,8 +80,8 @@ class Device(Protocol):
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """A function that does again what ``run`` does, without calling it, and returns the tensor that it did."""
 
-    def used_bytes(self) -> int:
-        """Memory of the device that is taken, by whomever."""
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody has, or could not do without."""
 
     def agree(self, ready: bool) -> bool:
         """Whether all ranks are ready."""
@@ -93,10 +96,15 @@ class CudaDevice:
         self._stream = torch.cuda.Stream()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            captured = run()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads of this process may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                captured = run()
+        finally:
+            # NOTE: torch does not come back from a capture that fails at its end, and what is cached for a stream is of
+            # no use to another one.
+            torch.cuda.set_stream(stream)
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -104,9 +112,10 @@ class CudaDevice:
 
         return replay
 
-    def used_bytes(self) -> int:
-        free, total = torch.cuda.mem_get_info()
-        return total - free
+    def free_bytes(self) -> int:
+        # As every capture does: what it frees is not to be taken for what it costs.
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
 
     def agree(self, ready: bool) -> bool:
         if torch.distributed.get_world_size(group=self._group) == 1:
@@ -123,7 +132,7 @@ class StepGraphs:
         run: the model's own forward, from a batch to logits [sequences, vocabulary].
         filler: what fills batches up.
         device: what captures.
-        budget: bytes after which nothing more is captured.
+        budget: bytes that graphs may take, those of steps with prompts half of it.
         prompts: whether steps with prompts are captured too.
         launches: what a step launches besides what the sizes of its batch say.
     """
@@ -137,11 +146,13 @@ class StepGraphs:
         self._captured: dict[tuple[Size, Hashable], Callable[[], torch.Tensor]] = {}
         #: Steps with prompts that have come once.
         self._seen: set[tuple[Size, Hashable]] = set()
-        self._bytes = 0
+        #: Of all graphs, and of the one that took most.
+        self._bytes = self._most_bytes = 0
         #: Whether steps run as usual for now.
         self.paused = False
-        #: Why nothing more is captured, None while it is.
+        #: Why nothing more is captured, None while it is; and why no more steps with prompts are.
         self.closed: str | None = None
+        self.closed_to_prompts: str | None = None
         #: Sequences and tokens of the batch in hand that are not filling; None where it has not been filled up.
         self._real: Size | None = None
 
@@ -162,7 +173,7 @@ class StepGraphs:
         if not self._prompts and sum(counts) != len(counts):
             return
         size = self._filler.size(counts)
-        if size is None or (self.closed is not None and size not in self.captured):
+        if size is None or (self._closed(_has_prompts(size)) and size not in self.captured):
             return
         self._real = Size(batch._current_sequences, batch._current_tokens)
         self._filler.fill(batch, size)
@@ -183,30 +194,54 @@ class StepGraphs:
         """Runs a new step, which also compiles and allocates what it needs, then captures it, if it is to be."""
         logits = self._run(batch)
         size = step[0]
-        has_prompts, comes_again = size.tokens != size.sequences, step in self._seen
+        has_prompts, comes_again = _has_prompts(size), step in self._seen
         self._seen.add(step)
-        if self.closed is not None or (has_prompts and not comes_again):
+        if self._closed(has_prompts) or (has_prompts and not comes_again):
             return logits
-        if not self._device.agree(self._bytes < self._budget):
-            self._close(f"graphs take {self._bytes >> 20} MiB of {self._budget >> 20} ({MEMORY_VARIABLE})")
+        free = self._device.free_bytes()
+        problem = self._shortage(free, has_prompts)
+        if not self._device.agree(problem is None):
+            self._close(problem or "another rank lacks memory", has_prompts)
             return logits
-        before, problem, replay = self._device.used_bytes(), None, None
         try:
             replay = self._device.capture(lambda: self._run(batch))
         except Exception as error:
             problem = f"a step of {size.sequences} sequences, {size.tokens} tokens could not be captured: {error}"
         if not self._device.agree(problem is None):
-            self._close(problem or "another rank could not capture")
+            self._close(problem or "another rank could not capture", False)
             return logits
-        self._bytes += max(0, self._device.used_bytes() - before)
+        # Once more: a graph gets part of its memory when it is first replayed.
+        logits = replay()
+        taken = max(0, free - self._device.free_bytes())
+        self._bytes, self._most_bytes = self._bytes + taken, max(self._most_bytes, taken)
         self._captured[step] = replay
         return logits
 
-    def _close(self, why: str) -> None:
+    def _shortage(self, free: int, has_prompts: bool) -> str | None:
+        """Why there may be no memory for one more graph, None where there is."""
+        budget = self._budget // 2 if has_prompts else self._budget
+        if self._bytes + self._most_bytes > budget or self._bytes >= budget:
+            return f"they take {self._bytes >> 20} MiB of {budget >> 20} ({MEMORY_VARIABLE})"
+        if free < self._most_bytes + HEADROOM:
+            return f"{free >> 20} MiB of the GPU's memory are left"
+        return None
+
+    def _closed(self, has_prompts: bool) -> bool:
+        return self.closed is not None or (has_prompts and self.closed_to_prompts is not None)
+
+    def _close(self, why: str, only_prompts: bool) -> None:
         from deepspeed.utils import logger
 
-        self.closed = why
-        logger.warning(f"ds_fp6: no more CUDA graphs than these {len(self._captured)}: {why}")
+        if only_prompts:
+            self.closed_to_prompts = why
+        else:
+            self.closed = why
+        kind = " of steps with prompts" if only_prompts else ""
+        logger.warning(f"ds_fp6: no more CUDA graphs{kind} than these {len(self._captured)}: {why}")
+
+
+def _has_prompts(size: Size) -> bool:
+    return size.tokens != size.sequences
 
 
 def model_problem(model) -> str | None:
@@ -306,11 +341,13 @@ def _init_engine(original, self, policy, engine_config) -> None:
 
 
 def _init_cache(original, self, configs, memory_config, mp_group=None, offload=False) -> None:
-    """A cache of a given number of blocks gets one more for filling."""
+    """A cache of a given number of blocks gets one more for filling; one that takes what is there leaves graphs theirs."""
     from deepspeed.inference.v2.ragged.manager_configs import AllocationMode, MemoryConfig
 
-    if chosen(on_cpu())[0] and AllocationMode(memory_config.mode) is AllocationMode.ALLOCATE:
-        memory_config = MemoryConfig(mode=AllocationMode.ALLOCATE, size=memory_config.size + 1)
+    if chosen(on_cpu())[0]:
+        mode = AllocationMode(memory_config.mode)
+        more = 1 if mode is AllocationMode.ALLOCATE else memory_budget()
+        memory_config = MemoryConfig(mode=mode, size=memory_config.size + more)
     original(self, configs, memory_config, mp_group=mp_group, offload=offload)
 
 
