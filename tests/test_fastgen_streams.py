@@ -16,7 +16,7 @@ from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply
 from mii.grpc_related.task_methods import TASK_METHODS_DICT
 from transformers import AutoTokenizer
 
-from ds_fp6.integrations.mii import streams
+from ds_fp6.integrations.mii import errors, streams
 from ds_fp6.integrations.mii.balancer import Stream
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-python-llama"
@@ -152,3 +152,18 @@ def test_a_failed_stream_raises_what_it_failed_with(tokenizer):
 
     with pytest.raises(RuntimeError, match="the server is gone"):
         asyncio.run(talk())
+
+
+BROKEN = [
+    ("UNAVAILABLE", "refused"), ("UNKNOWN", "Stream removed (Socket closed)"), ("INTERNAL", "Internal error from Core"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code, text", BROKEN)
+def test_a_connection_that_broke_says_why(code, text, tmp_path):
+    import grpc
+
+    error = grpc.aio.AioRpcError(grpc.StatusCode[code], grpc.aio.Metadata(), grpc.aio.Metadata(), text)
+    assert str(errors.readable(error, None)) == f"the server is gone: {text}"
+    (tmp_path / "failure.txt").write_text("replica 0 was ended by SIGKILL")
+    assert str(errors.readable(error, tmp_path)) == "the server is gone: replica 0 was ended by SIGKILL"

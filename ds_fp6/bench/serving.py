@@ -264,7 +264,8 @@ def _measure(args: argparse.Namespace, port: int, configuration: Configuration, 
         return _failed(configuration, error)
     share = (time.process_time() - cpu) / (time.monotonic() - wall)
     figures = serving_metrics.summary(requests, configuration.clients, configuration.tp)
-    errors = sorted({request.error for request in requests if request.error})
+    # The first is what the server failed with, later ones that it is gone.
+    errors = list(dict.fromkeys(request.error for request in requests if request.error))
     whole = figures["vllm"]["completed"] == configuration.requests
     print(f"{configuration}: {figures['vllm']['output_throughput']:.1f} tokens/s", file=sys.stderr, flush=True)
     if not figures["vllm"]["total_output_tokens"]:

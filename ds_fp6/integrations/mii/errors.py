@@ -12,6 +12,8 @@ from ds_fp6.integrations.patching import Hook, wrap
 
 #: Seconds in which a guard notices a failure and says what it was.
 NOTICE = 8
+#: What gRPC says of connections that broke, besides its status for that.
+BROKEN = ("Stream removed", "Internal error from Core")
 
 
 def readable(error: Exception, directory: Path | None) -> Exception:
@@ -20,12 +22,10 @@ def readable(error: Exception, directory: Path | None) -> Exception:
 
     if not isinstance(error, grpc.RpcError):
         return error
-    reason = None
-    if error.code() == grpc.StatusCode.UNAVAILABLE and directory is not None and directory.is_dir():
-        reason = guard.failure(directory, NOTICE)
-    if error.code() == grpc.StatusCode.UNAVAILABLE:
-        return ServerFailed(f"the server is gone: {reason or error.details()}")
     text = error.details() or str(error.code())
+    if error.code() == grpc.StatusCode.UNAVAILABLE or text.startswith(BROKEN):
+        reason = guard.failure(directory, NOTICE) if directory is not None and directory.is_dir() else None
+        return ServerFailed(f"the server is gone: {reason or text}")
     for noise in ("Exception iterating responses: ", "Exception calling application: "):
         text = text.removeprefix(noise)
     return ServerFailed(text) if text.startswith("the server is gone") else RuntimeError(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_fp6.integrations.mii import guard, server
+from ds_fp6.integrations.mii.errors import readable
 from ds_fp6.integrations.mii.load_format import has_tokenizer
 
 
@@ -112,7 +113,7 @@ class LoadClient:
                 reply = message.response[0]
                 yield reply.generated_tokens, reply.prompt_tokens
         except grpc.RpcError as error:
-            raise RuntimeError(error.details() or str(error.code())) from error
+            raise readable(error, None) from error
         finally:
             call.cancel()
 
