@@ -15,7 +15,8 @@ from mii.constants import GenerationFinishReason
 from mii.modeling.models import load_model
 from servers import MODEL
 
-from ds_fp6.integrations.mii import lookahead, requests
+from ds_fp6.integrations.mii import cancelling, lookahead, requests
+from ds_fp6.integrations.mii.handover import is_idle
 from ds_fp6.integrations.mii.sampling import Sampling
 from ds_fp6.integrations.mii.serving import ServingPipeline
 
@@ -126,6 +127,30 @@ def test_a_step_is_started_before_the_tokens_of_the_last_are_given_out(build):
     while "end" not in events:
         pipe.generate()
     assert events == ["step", "step", "token", "step", "token", "token", "end"]
+
+
+@pytest.mark.parametrize("loop", LOOPS[1:])
+def test_a_cancelled_request_gives_its_blocks_back(build, loop):
+    """One that generates, and one of which a prompt's part is in the cache; the third goes on as if alone."""
+    prompt = text_of(models.random_prompts(30, seed=3)[0])
+    settings = {"max_new_tokens": 20, "do_sample": False, "ignore_eos": True}
+    alone = build(MIIPipeline, loop)(prompt, **settings)[0].generated_text
+    pipe, long = build(MIIAsyncPipeline, loop), text_of(models.random_prompts(400, seed=4)[0])
+    free = pipe.inference_engine.free_blocks
+    uids = [pipe.put_request(text, dict(settings)) for text in (prompt, prompt, long)]
+    for _ in range(3):
+        pipe.generate()
+    for uid in uids[1:]:
+        cancelling.cancel(pipe, uid)
+    cancelling.cancel(pipe, 12345)  # never heard of
+    while pipe.result_queues[threading.get_ident()].empty():
+        pipe.generate()
+    uid, answer = pipe.get_response()
+    assert (uid, answer.generated_text) == (uids[0], alone)
+    while not is_idle(pipe) or not pipe.request_queue.empty():
+        pipe.generate()
+    assert pipe.inference_engine.free_blocks == free
+    assert pipe.result_queues[threading.get_ident()].empty()
 
 
 @pytest.mark.parametrize("loop", LOOPS[1:])

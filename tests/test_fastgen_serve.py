@@ -172,8 +172,16 @@ def test_two_ranks(end, tmp_path, ports):
             client.generate("x" * 3000, streaming_fn=streaming, **GREEDY)
         assert time.monotonic() - start < PROMPTLY  # not the ten minutes of a stream that nobody ends
     assert client.generate(["import"], **GREEDY)[0].generated_text == answers[1].generated_text
+    client.asyncio_loop.run_until_complete(hang_up(client))
+    assert client.generate(["import"], **GREEDY)[0].generated_text == answers[1].generated_text
     client.terminate_server()
     assert_gone(ports)
+
+
+async def hang_up(client) -> None:
+    stream = client._request_async_response_stream(["def main("], stream=True, **LONG)
+    assert (await anext(stream))[0].generated_length >= 1
+    await stream.aclose()
 
 
 def test_a_killed_guard_takes_the_server_with_it(tmp_path, ports):

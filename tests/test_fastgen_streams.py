@@ -16,7 +16,7 @@ from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply
 from mii.grpc_related.task_methods import TASK_METHODS_DICT
 from transformers import AutoTokenizer
 
-from ds_fp6.integrations.mii import errors, streams
+from ds_fp6.integrations.mii import cancelling, errors, streams
 from ds_fp6.integrations.mii.balancer import Stream
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-python-llama"
@@ -31,19 +31,12 @@ class Pipeline:
         self.lock = threading.Lock()
         self.result_queues, self.request_queue = {}, queue.Queue()
         self.tokenizer = SimpleNamespace(encode=lambda prompt: prompt)
-        self.flushed: list[int] = []
-        self._uids = iter(range(700, 800))
-
-    def _get_uid(self) -> int:
-        return next(self._uids)
+        cancelling.start(self)
 
     def make_request(self, key: int, uid: int, tokens: str, options: dict) -> SimpleNamespace:
         if tokens == "bad":
             raise ValueError("the prompt is bad")
         return SimpleNamespace(tid=key, uid=uid, tokens=tokens, options=options)
-
-    def flush_uid(self, uid: int) -> None:
-        self.flushed.append(uid)
 
 
 class Call:
@@ -61,6 +54,9 @@ class Call:
         methods = TASK_METHODS_DICT[TaskType.TEXT_GENERATION]
         request = methods.pack_request_to_proto([prompt], **options).SerializeToString()
         self._requests.put(streams.message(number, request))
+
+    def cancel(self, number: int) -> None:
+        self._requests.put(streams.message(number))
 
     def end(self) -> None:
         self._ended()
@@ -82,7 +78,6 @@ def test_a_step_is_one_message_whatever_it_holds():
     one, two = (pipeline.request_queue.get(timeout=PROMISED) for _ in range(2))
     assert (one.tokens, two.tokens) == ("one", "two")
     assert one.options == {"max_new_tokens": 9, "stream": True}
-    assert pipeline.flushed == [701]  # the refused one's
 
     put(pipeline, one, [11], 1, GOING_ON)
     put(pipeline, two, [21], 1, GOING_ON)
@@ -91,11 +86,31 @@ def test_a_step_is_one_message_whatever_it_holds():
     put(pipeline, one, [12], 2, GOING_ON)
     put(pipeline, one, [], 2, STOP)
     assert json.loads(next(call.messages)) == [[5, [12], 3, 2, going_on], [5, [], 3, 2, STOP.value]]
-    assert pipeline.flushed == [701, one.uid]
 
     call.end()
     put(pipeline, two, [22], 2, GOING_ON)  # nobody takes it, and nobody minds
     assert list(call.messages) == [] and pipeline.result_queues[two.tid].empty()
+    assert list(pipeline._cancelled) == [two.uid]  # nobody waits for it
+
+
+def test_a_cancelled_stream_gets_nothing_more():
+    pipeline = Pipeline()
+    call = Call(pipeline)
+    for number, prompt in ((1, "one"), (2, "two"), (3, "bad")):
+        call.ask(number, prompt)
+    assert json.loads(next(call.messages)) == [[3, "the prompt is bad"]]
+    one, two = (pipeline.request_queue.get(timeout=PROMISED) for _ in range(2))
+    call.cancel(1)
+    call.cancel(9)  # never heard of
+    call.ask(4, "bad")
+    assert json.loads(next(call.messages)) == [[4, "the prompt is bad"]]
+    assert list(pipeline._cancelled) == [one.uid]
+    put(pipeline, one, [11], 1, STOP)  # had been chosen when it was cancelled
+    put(pipeline, two, [21], 1, GOING_ON)
+    going_on = [2, [21], 3, 1, GOING_ON.value]
+    found = json.loads(next(call.messages))
+    assert (found or json.loads(next(call.messages))) == [going_on]
+    call.end()
 
 
 def test_a_failure_of_the_generation_thread_ends_the_call():

@@ -35,6 +35,7 @@ REPAIRS = (
     Repair("greedy", "requests that take the likeliest token sorted the vocabulary at each step, for top-p"),
     Repair("mixed-parameters", "requests with different sampling or stop parameters in one batch ended the server"),
     Repair("stream", "a stream went mute after bytes that are not valid UTF-8"),
+    Repair("hang-up", "a server generated to the end for clients of streams that had hung up"),
     Repair("stream-threads", "a thread and a message for each stream and token took the interpreter from the steps"),
 )
 

@@ -42,6 +42,10 @@ class Stream:
         self._error = error
         self._changed.set()
 
+    @property
+    def has_ended(self) -> bool:
+        return self._reason is not None or self._error is not None
+
     async def replies(self, decode: Callable[[list[int]], str]) -> AsyncIterator[bytes]:
         """Serialized ``MultiGenerationReply``s, each with all that came since the one before."""
         from mii.constants import GenerationFinishReason
@@ -83,14 +87,16 @@ class Replica:
 
     @contextlib.asynccontextmanager
     async def stream(self, request: bytes) -> AsyncIterator[Stream]:
-        """A stream that the rank has been asked for."""
+        """A stream that the rank has been asked for, and that it need not go on with afterwards."""
         number = next(self._numbers)
         stream = self._streams[number] = Stream()
         try:
             await self._send(streams.message(number, request))
             yield stream
         finally:
-            self._streams.pop(number, None)
+            # Gone already if its call has failed.
+            if self._streams.pop(number, None) is not None and not stream.has_ended:
+                await asyncio.shield(self._send(streams.message(number)))
 
     async def end(self) -> None:
         """Ends the ranks' servers. A rank that is gone needs no end."""

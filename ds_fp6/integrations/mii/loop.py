@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 
-from ds_fp6.integrations.mii import handover, lookahead
+from ds_fp6.integrations.mii import cancelling, handover, lookahead
 from ds_fp6.integrations.patching import Hook, wrap
 
 
@@ -21,6 +21,7 @@ def _init(original, self, *args, **kwargs) -> None:
     self._flight = None
     #: On ranks other than the first, the tokens of the last step, on the device.
     self._last_tokens = None
+    cancelling.start(self)
     original(self, *args, **kwargs)
     self._ahead = lookahead.agreed(self.inference_engine)
 
@@ -89,6 +90,7 @@ def _replace_loop() -> None:
     timed = profiler(generate)
     wrap(RaggedBatchBase, "__init__", _init)
     wrap(RaggedBatchBase, "_bcast_requests", _bcast_requests)
+    RaggedBatchBase._forget = cancelling.forget
     RaggedBatchBase._hand_over = handover.hand_over
     RaggedBatchBase._choose_tokens = handover.choose_tokens
     RaggedBatchBase._ended = handover.ended

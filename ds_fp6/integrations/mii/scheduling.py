@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from operator import attrgetter
 
-from ds_fp6.integrations.mii import requests
+from ds_fp6.integrations.mii import cancelling, requests
 from ds_fp6.integrations.mii.pipeline import kv_block_size, kv_capacity
 from ds_fp6.integrations.patching import Hook, wrap
 
@@ -31,6 +31,7 @@ AHEAD = 4
 
 def schedule_requests(self) -> None:
     """Fills ``scheduled_requests``: first what is flushed, then what goes on from token to token, then prompts."""
+    cancelling.drop_cancelled(self)
     while not self.request_queue.empty():
         self.buffer.append(self.request_queue.get_nowait())
     self.scheduled_requests.requests += [request for request in self.buffer if request.is_flush_request]

@@ -33,6 +33,7 @@ from transformers import AutoConfig, GenerationConfig
 from ds_fp6.integrations import load_format as formats
 from ds_fp6.integrations import mii as hooks
 from ds_fp6.integrations.deepspeed.batch import to_device
+from ds_fp6.integrations.mii import cancelling
 from ds_fp6.integrations.mii.handover import is_idle
 from ds_fp6.integrations.mii.pipeline import kv_block_size, kv_capacity
 from ds_fp6.integrations.mii.prompt_logits import prompt_logits
@@ -86,7 +87,6 @@ class ServingPipeline(MIIAsyncPipeline):
         self.failure: BaseException | None = None
         self._numbers = itertools.count(1)
         self._sequences: dict[int, ServedSequence] = {}
-        self._cancelled: set[int] = set()
         self._outputs: list[tuple[int, Step | BaseException]] = []
         #: Of the last tokens chosen: rows that want log probabilities, and these.
         self._logprobs: tuple[list[int], LogprobsUnderWay] | None = None
@@ -145,8 +145,7 @@ class ServingPipeline(MIIAsyncPipeline):
 
     def cancel(self, uid: int) -> None:
         """Forgets a sequence and frees its KV blocks, soon. Nothing happens if it has finished."""
-        with self.lock:
-            self._cancelled.add(uid)
+        cancelling.cancel(self, uid)
         self._work.set()
 
     def end(self) -> None:
@@ -218,30 +217,10 @@ class ServingPipeline(MIIAsyncPipeline):
         while not self.generate():
             pass
 
-    def schedule_requests(self) -> None:
-        self._drop_cancelled()
-        super().schedule_requests()
-
-    def _drop_cancelled(self) -> None:
-        """Between two steps, whatever runs or waits is in ``buffer`` or ``request_queue``."""
-        if not self._cancelled:
-            return
-        with self.lock:
-            cancelled, self._cancelled = self._cancelled, set()
-        while not self.request_queue.empty():
-            self.buffer.append(self.request_queue.get_nowait())
-        dropped = [r for r in self.buffer if r.uid in cancelled and not r.is_flush_request]
-        self.buffer = type(self.buffer)(r for r in self.buffer if r.uid not in cancelled or r.is_flush_request)
-        for request in dropped:
-            request.has_left = True
-        for uid in {r.uid for r in dropped}:
-            self._forget(uid)
-
     def _forget(self, uid: int) -> None:
         with self.lock:
             self._sequences.pop(uid, None)
-        if self.inference_engine._state_manager.get_sequence(uid) is not None:
-            self._queue_flush_request(uid)
+        super()._forget(uid)
 
     def put(self, uids: list[int], tokenized_input: list[torch.Tensor]) -> torch.Tensor:
         rows, targets = self._scored_rows(uids, tokenized_input)

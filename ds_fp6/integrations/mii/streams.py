@@ -4,7 +4,7 @@ MII's server has a thread and a message of gRPC for each stream and token. They 
 starts the steps: from some 3000 tokens a second on that was the limit, whatever the GPU. What is left to a rank here is to
 pass on token ids; text is made of them in the load balancer (``balancer.py``), which is another process.
 
-To the rank: a stream's number in 8 bytes, and its ``MultiStringRequest``. From it: JSON, a list of
+To the rank: a stream's number in 8 bytes, and its ``MultiStringRequest``, or nothing: then the stream is cancelled. From it: JSON, a list of
 ``[number, token ids, tokens of the prompt, tokens generated so far, finish reason]`` and ``[number, error]``.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ds_fp6.integrations.mii import cancelling
 from ds_fp6.integrations.mii.pipeline import check_running
 from ds_fp6.integrations.patching import Hook, wrap
 
@@ -25,10 +26,12 @@ NUMBER_BYTES = 8
 
 #: Stand in for the thread ids by which MII finds the queue of a request's outputs.
 _keys = itertools.count(-1, -1)
+#: Of the requests. MII's own are random, below 10000, and used again.
+_uids = itertools.count(1 << 20)
 
 
-def message(number: int, request: bytes) -> bytes:
-    """What asks a rank for a stream. ``request``: a serialized ``MultiStringRequest`` with one prompt."""
+def message(number: int, request: bytes = b"") -> bytes:
+    """What asks a rank for a stream. ``request``: a serialized ``MultiStringRequest`` with one prompt; none cancels it."""
     return number.to_bytes(NUMBER_BYTES, "little") + request
 
 
@@ -81,19 +84,28 @@ def carry(pipeline: Any, requests: Iterator[bytes], context: Any) -> Iterator[by
     with pipeline.lock:
         pipeline.result_queues[key] = outbox
     check_running(pipeline)
-    numbers: dict[int, int] = {}  # of the streams, by MII's uid
+    numbers: dict[int, int] = {}  # of the streams, by the requests' uids
     threading.Thread(target=_submit_all, args=(pipeline, key, numbers, requests), daemon=True).start()
-    while (outputs := outbox.take()) is not None:
-        yield json.dumps([_entry(pipeline, numbers, output) for output in outputs]).encode()
+    try:
+        while (outputs := outbox.take()) is not None:
+            entries = [_entry(pipeline, numbers, output) for output in outputs]
+            yield json.dumps([entry for entry in entries if entry is not None]).encode()
+    finally:
+        outbox.close()
+        for uid in list(numbers):
+            cancelling.cancel(pipeline, uid)
 
 
 def _submit_all(pipeline: Any, key: int, numbers: dict[int, int], requests: Iterator[bytes]) -> None:
     outbox = pipeline.result_queues[key]
     try:
         for received in requests:
-            number = int.from_bytes(received[:NUMBER_BYTES], "little")
+            number, request = int.from_bytes(received[:NUMBER_BYTES], "little"), received[NUMBER_BYTES:]
             try:
-                _submit(pipeline, key, numbers, number, received[NUMBER_BYTES:])
+                if request:
+                    _submit(pipeline, key, numbers, number, request)
+                else:
+                    _cancel(pipeline, numbers, number)
             except Exception as error:
                 outbox.put(Refusal(number, str(error)))
     except Exception:
@@ -110,19 +122,22 @@ def _submit(pipeline: Any, key: int, numbers: dict[int, int], number: int, reque
     check_running(pipeline)
     parsed = modelresponse_pb2.MultiStringRequest.FromString(request)
     (prompt, *_), options = TASK_METHODS_DICT[TaskType.TEXT_GENERATION].unpack_request_from_proto(parsed)
-    uid = pipeline._get_uid()
-    try:
-        made = pipeline.make_request(key, uid, pipeline.tokenizer.encode(prompt), options | {"stream": True})
-    except BaseException:
-        pipeline.flush_uid(uid)
-        raise
+    uid = next(_uids)
+    made = pipeline.make_request(key, uid, pipeline.tokenizer.encode(prompt), options | {"stream": True})
     numbers[uid] = number
     pipeline.request_queue.put(made)
     # It may have failed since, and not have seen the request.
     check_running(pipeline)
 
 
-def _entry(pipeline: Any, numbers: dict[int, int], output: Any) -> list[Any]:
+def _cancel(pipeline: Any, numbers: dict[int, int], number: int) -> None:
+    for uid, other in list(numbers.items()):
+        if other == number and numbers.pop(uid, None) is not None:
+            cancelling.cancel(pipeline, uid)
+
+
+def _entry(pipeline: Any, numbers: dict[int, int], output: Any) -> list[Any] | None:
+    """What the load balancer gets of an output: nothing of a stream that it has cancelled."""
     from mii.constants import GenerationFinishReason
 
     if isinstance(output, Refusal):
@@ -131,10 +146,9 @@ def _entry(pipeline: Any, numbers: dict[int, int], output: Any) -> list[Any]:
         check_running(pipeline)
         raise output
     uid, tokens, prompt_tokens, generated, reason, _ = output
-    number = numbers[uid]
-    if reason != GenerationFinishReason.NONE:
-        del numbers[uid]
-        pipeline.flush_uid(uid)
+    number = numbers.get(uid) if reason == GenerationFinishReason.NONE else numbers.pop(uid, None)
+    if number is None:
+        return None
     return [number, [int(token) for token in tokens], prompt_tokens, generated, reason.value]
 
 
