@@ -9,7 +9,7 @@ import torch
 
 from ds_fp6.bench import step
 from ds_fp6.bench.__main__ import main
-from ds_fp6.bench.kernel_times import Kernel, busy_seconds, kernel_class, seconds_by_class
+from ds_fp6.bench.kernel_times import Kernel, by_name, kernel_class, seconds_by_class, taken
 from ds_fp6.bench.linear_cuda import Ceilings
 from ds_fp6.integrations.engine import build_engine, fill_cache, generate, greedy_steps
 from ds_fp6.integrations.engine import step as engine_step
@@ -34,12 +34,18 @@ def test_kernels_by_name(name, kind):
     assert kernel_class(name) == kind
 
 
-def test_seconds_by_class_and_busy_time():
+def test_what_kernels_take_adds_up_to_when_any_ran():
     kernels = [Kernel("nvjet", 0.0, 1.0), Kernel("nccl", 0.5, 2.0), Kernel("nvjet", 3.0, 3.5), Kernel("copy", 3.1, 3.2)]
-    seconds = seconds_by_class(kernels)
-    assert seconds == pytest.approx({"communication": 1.5, "attention": 0, "linear": 1.5, "other": 0.1})
-    assert busy_seconds(reversed(kernels)) == pytest.approx(2.5)
-    assert busy_seconds([]) == 0
+    for order in (kernels, kernels[::-1]):
+        seconds = seconds_by_class(order)
+        # Each instant is that kernel's which ends next: from 0.5 to 1 the first one's, from 3.1 to 3.2 the copy's.
+        assert seconds == pytest.approx({"communication": 1.0, "attention": 0, "linear": 1.4, "other": 0.1})
+        assert [(name, runs) for name, runs, _ in by_name(order)] == [("nvjet", 2), ("nccl", 1), ("copy", 1)]
+    # One that is there all along takes what the others leave.
+    kernels.append(Kernel("all along", -1.0, 4.0))
+    assert sum(seconds for _, seconds in taken(kernels)) == pytest.approx(5.0)
+    assert taken(kernels)[-1] == (kernels[-1], pytest.approx(5.0 - 2.5))
+    assert taken([]) == [] and by_name([]) == []
 
 
 def test_floor_of_llama_70b():
@@ -60,8 +66,10 @@ def test_floor_of_llama_70b():
 
 def test_idle_is_the_share_without_a_kernel():
     classes = dict.fromkeys(("linear", "attention", "communication", "other"), 0.002)
-    result = step.Result("wf6af16", wall=0.010, floor=0.005, classes=classes, busy=0.008)
-    assert result.idle == pytest.approx(0.2)
+    result = step.Result("wf6af16", 0.010, 0.005, classes, [("linear_sm90", 128.0, 0.00256), ("copy", 0.5, 1e-6)])
+    assert result.busy == pytest.approx(0.008) and result.idle == pytest.approx(0.2)
+    (text,) = step.kernel_lines(result, 1)
+    assert text.split() == ["128.0", "x", "20.00", "us", "=", "2.560", "ms", "linear_sm90"]
     assert step.line(result).split() == ["wf6af16", "10.000", "5.000", "2.00", *["2.000"] * 4, "20.0%"]
 
 

@@ -29,21 +29,39 @@ def kernel_class(name: str) -> str:
     return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
+def taken(kernels: Iterable[Kernel]) -> list[tuple[Kernel, float]]:
+    """Each kernel, in the order of their ends, and the seconds in which of all that ran it was the next to end.
+
+    Kernels overlap where one starts before the one ahead of it has ended; these seconds add up to those in which at
+    least one ran.
+    """
+    found: list[tuple[Kernel, float]] = []
+    counted: list[tuple[float, float]] = []  # stretches of time, apart and in order
+    for kernel in sorted(kernels, key=lambda kernel: kernel.end):
+        begin, seconds = kernel.begin, kernel.end - kernel.begin
+        while counted and counted[-1][1] > kernel.begin:
+            earlier = counted.pop()
+            seconds -= earlier[1] - max(earlier[0], kernel.begin)
+            begin = min(begin, earlier[0])
+        counted.append((begin, kernel.end))
+        found.append((kernel, seconds))
+    return found
+
+
 def seconds_by_class(kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Summed durations; kernels that run at the same time count each."""
+    """The seconds that were ``taken`` by each class."""
     totals = dict.fromkeys((*CLASSES, OTHER), 0.0)
-    for kernel in kernels:
-        totals[kernel_class(kernel.name)] += kernel.end - kernel.begin
+    for kernel, seconds in taken(kernels):
+        totals[kernel_class(kernel.name)] += seconds
     return totals
 
 
-def busy_seconds(kernels: Iterable[Kernel]) -> float:
-    """How long at least one kernel ran."""
-    busy, until = 0.0, float("-inf")
-    for kernel in sorted(kernels, key=lambda k: k.begin):
-        busy += max(0.0, kernel.end - max(kernel.begin, until))
-        until = max(until, kernel.end)
-    return busy
+def by_name(kernels: Iterable[Kernel]) -> list[tuple[str, int, float]]:
+    """(name, runs, seconds that they have taken) of all kernels of a name, those that took most first."""
+    runs: dict[str, list[float]] = {}
+    for kernel, seconds in taken(kernels):
+        runs.setdefault(kernel.name, []).append(seconds)
+    return sorted(((name, len(each), sum(each)) for name, each in runs.items()), key=lambda row: -row[2])
 
 
 def profile(work: Callable[[], object]) -> list[Kernel]:

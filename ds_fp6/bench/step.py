@@ -89,13 +89,21 @@ class Shape:
 
 @dataclass
 class Result:
-    """Seconds of one engine's step: on the clock, its floor, and on the GPU by class of kernel and in all."""
+    """Seconds of one engine's step: on the clock, its floor, and on the GPU by class and by name of kernel.
+
+    ``kernels``: (name, runs, seconds) each, those that took most first.
+    """
 
     engine: str
     wall: float
     floor: float
     classes: dict[str, float]
-    busy: float
+    kernels: list[tuple[str, float, float]]
+
+    @property
+    def busy(self) -> float:
+        """Seconds in which the GPU ran something."""
+        return sum(self.classes.values())
 
     @property
     def idle(self) -> float:
@@ -113,6 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engines", default=f"{UPSTREAM},{UNQUANTIZED},wf6af16", help="comma-separated; default %(default)s"
     )
+    names = "also print the N kernels that take most, by name: how often they run in a step, and how long each time"
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help=names)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw where the time goes, with the floors, to this file")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the engine that this process is to measure
@@ -148,9 +158,11 @@ def run(args: argparse.Namespace) -> int:
             continue
         results.append(Result(engine, floor=shape.floor(ceilings, bits[engine]), **figures))
         print(line(results[-1]), flush=True)
+        for text in kernel_lines(results[-1], args.kernels):
+            print(text, flush=True)
     if args.json:
         report = {"shape": asdict(shape), "ceilings": asdict(ceilings)}
-        report["results"] = [{**asdict(r), "idle": r.idle} for r in results]
+        report["results"] = [{**asdict(r), "busy": r.busy, "idle": r.idle} for r in results]
         args.json.write_text(json.dumps(report, indent=2))
     if args.plot:
         plot(results, f"{args.model}: batch {args.batch}, context {args.context}", args.plot)
@@ -170,6 +182,14 @@ def line(result: Result) -> str:
         f"{result.engine:10} {result.wall * 1e3:8.3f} {result.floor * 1e3:8.3f} {result.wall / result.floor:8.2f}"
         f"{times} {result.idle:6.1%}"
     )
+
+
+def kernel_lines(result: Result, count: int) -> list[str]:
+    """The ``count`` kernels that take most of a step: runs, microseconds of each and of all, name."""
+    return [
+        f"  {runs:6.1f} x {seconds / runs * 1e6:8.2f} us = {seconds * 1e3:7.3f} ms  {name[:120]}"
+        for name, runs, seconds in result.kernels[:count]
+    ]
 
 
 def plot(results: list[Result], title: str, path: Path) -> None:
@@ -255,7 +275,8 @@ def _measure_here(shape: Shape, engine_name: str, path: Path) -> int:
     wall = statistics.median(read(TIMED))
     kernels = kernel_times.profile(lambda: read(PROFILED))
     classes = {kind: seconds / PROFILED for kind, seconds in kernel_times.seconds_by_class(kernels).items()}
+    names = [(name, runs / PROFILED, seconds / PROFILED) for name, runs, seconds in kernel_times.by_name(kernels)]
     if int(os.environ.get("RANK", 0)) == 0:
-        figures = {"wall": wall, "classes": classes, "busy": kernel_times.busy_seconds(kernels) / PROFILED}
+        figures = {"wall": wall, "classes": classes, "kernels": names}
         path.write_text(json.dumps(figures))
     return 0
