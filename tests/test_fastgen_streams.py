@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import pytest
 import torch
 from mii.constants import GenerationFinishReason, TaskType
@@ -16,8 +17,8 @@ from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply
 from mii.grpc_related.task_methods import TASK_METHODS_DICT
 from transformers import AutoTokenizer
 
-from ds_fp6.integrations.mii import cancelling, errors, streams
-from ds_fp6.integrations.mii.balancer import Stream
+from ds_fp6.integrations.mii import cancelling, errors, guard, streams
+from ds_fp6.integrations.mii.balancer import Replica, Stream
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-python-llama"
 GOING_ON, STOP = GenerationFinishReason.NONE, GenerationFinishReason.STOP
@@ -176,9 +177,42 @@ BROKEN = [
 
 @pytest.mark.parametrize("code, text", BROKEN)
 def test_a_connection_that_broke_says_why(code, text, tmp_path):
-    import grpc
-
     error = grpc.aio.AioRpcError(grpc.StatusCode[code], grpc.aio.Metadata(), grpc.aio.Metadata(), text)
     assert str(errors.readable(error, None)) == f"the server is gone: {text}"
     (tmp_path / "failure.txt").write_text("replica 0 was ended by SIGKILL")
     assert str(errors.readable(error, tmp_path)) == "the server is gone: replica 0 was ended by SIGKILL"
+
+
+def test_streams_that_come_after_a_failure_fail_too(tokenizer, tmp_path, monkeypatch):
+    """While the first one's reason is looked for, which takes as long as a guard may need."""
+    monkeypatch.setattr(errors, "NOTICE", 2)
+    monkeypatch.setenv(guard.VARIABLE, str(tmp_path))
+    calls = []
+
+    async def fail(requests, context):
+        calls.append(await anext(requests))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "no rank")
+        yield b""
+
+    async def one(replica: Replica) -> None:
+        async with replica.stream(b"request") as stream:
+            async for _ in stream.replies(tokenizer.decode):
+                pytest.fail("a reply")
+
+    async def talk() -> list:
+        server = grpc.aio.server()
+        handlers = {streams.METHOD: grpc.stream_stream_rpc_method_handler(fail)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(streams.SERVICE, handlers),))
+        replica = Replica("localhost", [server.add_insecure_port("localhost:0")])
+        await server.start()
+        first = asyncio.create_task(one(replica))
+        while not calls:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        assert not first.done()
+        found = await asyncio.wait_for(asyncio.gather(first, one(replica), return_exceptions=True), PROMISED)
+        await server.stop(None)
+        return found
+
+    assert [str(error) for error in asyncio.run(talk())] == ["the server is gone: no rank"] * 2
+    assert calls == [streams.message(0, b"request"), streams.message(1, b"request")]

@@ -77,6 +77,7 @@ class Replica:
         self._channels = [create_channel(hostname, port) for port in ports]
         self._streams: dict[int, Stream] = {}
         self._numbers = itertools.count()
+        #: The call that carries the streams, None where there is none that could; and who reads it.
         self._call: Any = None
         self._reader: asyncio.Task | None = None
         self._sending = asyncio.Lock()
@@ -95,12 +96,12 @@ class Replica:
             yield stream
         finally:
             # Gone already if its call has failed.
-            if self._streams.pop(number, None) is not None and not stream.has_ended:
+            if self._streams.pop(number, None) and not stream.has_ended and self._call is not None:
                 await asyncio.shield(self._send(streams.message(number)))
 
     async def end(self) -> None:
         """Ends the ranks' servers. A rank that is gone needs no end."""
-        if self._reader is not None:
+        if self._call is not None:
             self._reader.cancel()
             self._call.cancel()
         ends = [channel.unary_unary(f"/{_SERVICE}/Terminate")(b"") for channel in self._channels]
@@ -110,7 +111,7 @@ class Replica:
         import grpc
 
         async with self._sending:
-            if self._reader is None or self._reader.done():
+            if self._call is None:
                 self._call = self._channels[0].stream_stream(f"/{streams.SERVICE}/{streams.METHOD}")()
                 self._reader = asyncio.create_task(self._read(self._call))
             # What the call has failed with comes to its reader.
@@ -135,7 +136,8 @@ class Replica:
             failure: Exception = RuntimeError("the replica ended its streams")
         except Exception as error:
             failure = error
-        failed, self._streams = self._streams, {}
+        # Streams that come from now on have a call of their own: to find out why this one failed may take a while.
+        self._call, (failed, self._streams) = None, (self._streams, {})
         failure = await asyncio.to_thread(errors.readable, failure, errors.own_directory())
         for stream in failed.values():
             stream.fail(failure)
