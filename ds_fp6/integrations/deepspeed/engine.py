@@ -42,6 +42,18 @@ def _replace_can_schedule() -> None:
     InferenceEngineV2.can_schedule = _can_schedule
 
 
+def _maybe_allocate_kv(original, self, sequence, n_new_tokens: int) -> None:
+    """A token that goes into a block which is partly filled, as most do, needs none: nothing is counted for it."""
+    if n_new_tokens != 1 or sequence.seen_tokens % self.attn.kv_block_size == 0:
+        original(self, sequence, n_new_tokens)
+
+
+def _wrap_allocation() -> None:
+    from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSTransformerModelBase
+
+    wrap(DSTransformerModelBase, "maybe_allocate_kv", _maybe_allocate_kv)
+
+
 def empty_from(buffer: torch.Tensor, shape) -> torch.Tensor:
     """A view of ``shape`` on the start of a contiguous ``buffer``.
 
@@ -130,6 +142,7 @@ def _replace_allocator() -> None:
 
 HOOKS = (
     Hook("deepspeed.inference.v2.InferenceEngineV2.can_schedule", "put(do_checks=True) raised", _replace_can_schedule),
+    Hook("DSTransformerModelBase.maybe_allocate_kv", "it counted blocks for each token", _wrap_allocation),
     Hook("deepspeed.inference.v2.allocator.empty_from", "kept buffers alive", _replace_empty_from),
     Hook("DSDenseBlockedAttention.__init__", "its atom buffer was too small", _wrap_attention),
     Hook("deepspeed.inference.v2.ragged.BlockedKVCache.__init__", "CPU: a cap on the KV cache", _wrap_kv_cache),

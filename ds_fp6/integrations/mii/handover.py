@@ -74,6 +74,7 @@ def accept(self, requests, tokens: torch.Tensor, queue: bool = True) -> None:
             continue
         request.input_tokens, request.is_done = as_input, False
         if queue:
-            self.request_queue.put(request)
+            # Other threads' requests come by way of a queue, which costs more.
+            self.buffer.append(request)
         if request.stream:
             self._to_hand_over.append(request)

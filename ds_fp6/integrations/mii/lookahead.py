@@ -73,7 +73,7 @@ def _expect_to_go_on(pipeline, flight: Flight) -> None:
         request.seq_length += length
         if request.last_in_prompt and not request.has_left and not ends_by_length(request):
             request.input_tokens, request.fed_row = _UNKNOWN, row
-            pipeline.request_queue.put(request)
+            pipeline.buffer.append(request)
 
 
 def _feed(tokens: torch.Tensor | None, requests) -> tuple[torch.Tensor | slice, torch.Tensor] | None:

@@ -81,6 +81,7 @@ def _replace_loop() -> None:
 
     # Asked for some ten times a step and request; len() of a tensor takes a microsecond.
     Request.prompt_length = property(lambda self: self.prompt_tokens.numel())
+    Request.num_generated_tokens = property(lambda self: max(0, self.seq_length - self.prompt_tokens.numel() + 1))
     #: Whether it has ended or was cancelled, though a step with it may be under way.
     Request.has_left = False
     #: The row of the step before whose token it goes on with, where that is on the device only.
