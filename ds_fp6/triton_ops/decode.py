@@ -132,6 +132,118 @@ def _attend_apart(
     return _sum_of_warps(total * factor[:, :, None], WARPS, ROWS, COLUMNS), weight_sum, highest
 
 
+@triton.jit
+def _as_loaded(x):
+    """``x``, 16 bits each. Triton likes to hand values around between threads right after their load, with barriers that
+    keep the next load from being under way at the same time; it hands nothing around before this.
+    """
+    return tl.inline_asm_elementwise("", "=h,0", [x], x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
+def _take_new(
+    qkv, token, qkv_stride, cosine, sine, new_block, is_last, cache, seen, head, kv_heads, block_stride, token_stride,
+    scale,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, OVERLAP: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    """Waits for what this step has made, and rotates it: the group's queries [ROWS, COLUMNS], the new key's scores
+    [ROWS] and the new value [COLUMNS]. The last program of a sequence writes key and value into the cache.
+    """
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = column < HEAD
+    real = (row < GROUP)[:, None] & inside[None, :]
+    if OVERLAP:
+        gdc_wait()
+    q_at = qkv + token.to(tl.int64) * qkv_stride + head * GROUP * HEAD + row[:, None] * HEAD
+    k_at = qkv + token.to(tl.int64) * qkv_stride + (kv_heads * GROUP + head) * HEAD
+    query = tl.load(q_at + column[None, :], mask=real, other=0.0)
+    new_key = tl.load(k_at + column, mask=inside, other=0.0)
+    new_value = tl.load(k_at + kv_heads * HEAD + column, mask=inside, other=0.0)
+    if HALF > 0:
+        # Channels of a pair stand HALF apart; eight neighbours have eight neighbours as their others.
+        other = tl.where(column < HALF, column + HALF, column - HALF)
+        if HALF % 8 == 0:
+            other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
+        turns = column < 2 * HALF
+        other_query = tl.load(q_at + other[None, :], mask=real & turns[None, :], other=0.0)
+        other_key = tl.load(k_at + other, mask=turns, other=0.0)
+        query = rotated(query, other_query, cosine[None, :], sine[None, :])
+        new_key = rotated(new_key, other_key, cosine, sine)
+    if COMPILED:
+        query, new_key, new_value = _as_loaded(query), _as_loaded(new_key), _as_loaded(new_value)
+    new_at = cache + new_block.to(tl.int64) * block_stride + (seen % PAGE) * token_stride + head * HEAD + column
+    # NOTE: Triton 3.9's interpreter takes masks that a scalar condition is part of for integers, here and below.
+    written = inside & (tl.full((COLUMNS,), is_last, tl.int32) != 0)
+    tl.store(new_at, new_key, mask=written)
+    tl.store(new_at + kv_heads * HEAD, new_value, mask=written)
+    return query, tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale, new_value
+
+
+@triton.jit
+def _tile(
+    cache, blocks, tile, end, seen, offset, value_offset, block_stride, token_stride,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [KEYS, COLUMNS] of a tile; zeros for one from ``end`` on."""
+    key, column = tl.arange(0, KEYS), tl.arange(0, COLUMNS)
+    start = tile * KEYS
+    block = tl.load(blocks + tl.minimum(start, (end - 1) * KEYS) // PAGE)
+    at = cache + block.to(tl.int64) * block_stride + (start % PAGE) * token_stride + offset
+    at += key[:, None] * token_stride + column[None, :]
+    there = (start + key < tl.minimum(seen, end * KEYS))[:, None] & (column < HEAD)[None, :]
+    return tl.load(at, mask=there, other=0.0), tl.load(at + value_offset, mask=there, other=0.0)
+
+
+@triton.jit
+def _scores(query, keys, start, end, first, scale, WINDOWED: tl.constexpr):
+    """[ROWS, KEYS] of keys at the positions from ``start`` on, of which those from ``end`` on are not there."""
+    position = start + tl.arange(0, keys.shape[0])
+    visible = position < end
+    if WINDOWED:
+        visible &= position >= first
+    return tl.where(visible[None, :], tl.dot(query, tl.trans(keys)) * scale, _HIDDEN)
+
+
+@triton.jit
+def _attend_at_once(
+    qkv, token, qkv_stride, cosine, sine, new_block, is_last, cache, blocks, begin, end, first, seen, head, kv_heads,
+    block_stride, token_stride, scale,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    """The same for one to three tiles, which registers hold: they are there before this step's queries are."""
+    offset, value_offset = head * HEAD, kv_heads * HEAD
+    keys0, values0 = _tile(
+        cache, blocks, begin, end, seen, offset, value_offset, block_stride, token_stride, HEAD, PAGE, KEYS, COLUMNS
+    )  # fmt: skip
+    keys1, values1 = _tile(
+        cache, blocks, begin + 1, end, seen, offset, value_offset, block_stride, token_stride, HEAD, PAGE, KEYS, COLUMNS
+    )  # fmt: skip
+    keys2, values2 = _tile(
+        cache, blocks, begin + 2, end, seen, offset, value_offset, block_stride, token_stride, HEAD, PAGE, KEYS, COLUMNS
+    )  # fmt: skip
+    query, new_score, new_value = _take_new(
+        qkv, token, qkv_stride, cosine, sine, new_block, is_last, cache, seen, head, kv_heads, block_stride,
+        token_stride, scale, GROUP, HEAD, HALF, PAGE, ROWS, COLUMNS, OVERLAP, COMPILED,
+    )  # fmt: skip
+    start, last = begin * KEYS, tl.minimum(seen, end * KEYS)
+    score0 = _scores(query, keys0, start, last, first, scale, WINDOWED)
+    score1 = _scores(query, keys1, start + KEYS, last, first, scale, WINDOWED)
+    score2 = _scores(query, keys2, start + 2 * KEYS, last, first, scale, WINDOWED)
+    new_score = tl.where(is_last, new_score, _HIDDEN)
+    maximum = tl.maximum(new_score, tl.max(tl.maximum(tl.maximum(score0, score1), score2), 1))
+    weight0 = tl.exp2(score0 - maximum[:, None])
+    weight1 = tl.exp2(score1 - maximum[:, None])
+    weight2 = tl.exp2(score2 - maximum[:, None])
+    new_weight = tl.exp2(new_score - maximum)
+    total = tl.dot(weight0.to(values0.dtype), values0)
+    total = tl.dot(weight1.to(values1.dtype), values1, total)
+    total = tl.dot(weight2.to(values2.dtype), values2, total)
+    total += new_weight[:, None] * new_value.to(tl.float32)[None, :]
+    return total, tl.sum(weight0 + weight1 + weight2, 1) + new_weight, maximum
+
+
 @triton.jit(do_not_specialize=["window", "program_tiles"])
 def _decode_kernel(
     out,  # [n_tokens, q_heads · HEAD]
@@ -150,7 +262,9 @@ def _decode_kernel(
     HALF: tl.constexpr,  # pairs of a head that are rotated: channel c with channel c + HALF; 0 is no rotation
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
     APART: tl.constexpr,  # warps that have keys of their own; 0: all share each tile
+    AT_ONCE: tl.constexpr,  # tiles up to which a program holds all of its keys and values
     MEMBERS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    COMPILED: tl.constexpr,  # rather than interpreted, where there is no assembly
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -183,55 +297,44 @@ def _decode_kernel(
     new_block = tl.load(blocks + seen // PAGE)
     # Block numbers are read a step ahead: were they part of the step, Triton would pipeline them and not the keys.
     block = tl.load(blocks + begin * KEYS // PAGE)
+    cosine, sine = tl.full((COLUMNS,), 1.0, tl.float32), tl.zeros((COLUMNS,), tl.float32)
     if HALF > 0:
-        # Channels of a pair stand HALF apart; eight neighbours have eight neighbours as their others.
-        other = tl.where(column < HALF, column + HALF, column - HALF)
-        if HALF % 8 == 0:
-            other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
         turns = column < 2 * HALF
         pair = tl.where(column < HALF, column, column - HALF)
         angle = seen.to(tl.float32) * tl.load(frequencies + pair, mask=turns, other=0.0)
         cosine, sine = tl.cos(angle), tl.sin(angle)
         sine = tl.where(column < HALF, -sine, sine)
-        row_cosine, row_sine = cosine[None, :], sine[None, :]
-    if OVERLAP:
-        if end > begin:
-            _prefetch(
-                cache, blocks, begin * KEYS, tl.minimum(end * KEYS, seen), head * HEAD, kv_heads * HEAD,
-                block_stride, token_stride, HEAD, PAGE, AHEAD,
-            )  # fmt: skip
-        gdc_wait()
 
-    # What this step has made: the group's queries, a key and a value.
-    q_at = qkv + token.to(tl.int64) * qkv_stride + head * GROUP * HEAD + row[:, None] * HEAD
-    k_at = qkv + token.to(tl.int64) * qkv_stride + (kv_heads * GROUP + head) * HEAD
-    query = tl.load(q_at + column[None, :], mask=real, other=0.0)
-    new_key = tl.load(k_at + column, mask=inside, other=0.0)
-    new_value = tl.load(k_at + kv_heads * HEAD + column, mask=inside, other=0.0)
-    if HALF > 0:
-        other_query = tl.load(q_at + other[None, :], mask=real & turns[None, :], other=0.0)
-        other_key = tl.load(k_at + other, mask=turns, other=0.0)
-        query = rotated(query, other_query, row_cosine, row_sine)
-        new_key = rotated(new_key, other_key, cosine, sine)
-    new_at = cache + new_block.to(tl.int64) * block_stride + (seen % PAGE) * token_stride + head * HEAD + column
-    # NOTE: Triton 3.9's interpreter takes masks that a scalar condition is part of for integers, here and below.
-    written = inside & (tl.full((COLUMNS,), split, tl.int32) == programs - 1)
-    tl.store(new_at, new_key, mask=written)
-    tl.store(new_at + kv_heads * HEAD, new_value, mask=written)
-
-    new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-    if APART:
-        total, weight_sum, maximum = _attend_apart(
-            query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen,
-            head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
-            HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED, APART,
+    at_once = (end > begin) & (end - begin <= AT_ONCE) if AT_ONCE else False
+    if at_once:
+        total, weight_sum, maximum = _attend_at_once(
+            qkv, token, qkv_stride, cosine, sine, new_block, is_last, cache, blocks, begin, end, first, seen, head,
+            kv_heads, block_stride, token_stride, scale,
+            GROUP, HEAD, HALF, PAGE, ROWS, KEYS, COLUMNS, WINDOWED, OVERLAP, COMPILED,
         )  # fmt: skip
     else:
-        total, weight_sum, maximum = _attend_together(
-            query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen,
-            head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
-            HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED,
+        if OVERLAP:
+            if end > begin:
+                _prefetch(
+                    cache, blocks, begin * KEYS, tl.minimum(end * KEYS, seen), head * HEAD, kv_heads * HEAD,
+                    block_stride, token_stride, HEAD, PAGE, AHEAD,
+                )  # fmt: skip
+        query, new_score, new_value = _take_new(
+            qkv, token, qkv_stride, cosine, sine, new_block, is_last, cache, seen, head, kv_heads, block_stride,
+            token_stride, scale, GROUP, HEAD, HALF, PAGE, ROWS, COLUMNS, OVERLAP, COMPILED,
         )  # fmt: skip
+        if APART:
+            total, weight_sum, maximum = _attend_apart(
+                query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen,
+                head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
+                HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED, APART,
+            )  # fmt: skip
+        else:
+            total, weight_sum, maximum = _attend_together(
+                query, new_score, new_value, is_last, cache, blocks, block, begin, end, first, seen,
+                head * HEAD, kv_heads * HEAD, block_stride, token_stride, scale,
+                HEAD, PAGE, ROWS, KEYS, COLUMNS, WINDOWED,
+            )  # fmt: skip
 
     out_at = out + token.to(tl.int64) * out_stride + head * GROUP * HEAD
     if programs == 1:
@@ -325,6 +428,9 @@ def constants(
         "ROWS": tile.rows, "KEYS": tile.keys, "COLUMNS": columns,
         "APART": tile.warps if tile.apart else 0, "MEMBERS": members,
         "PARTS": plan.parts(members, columns, tile.warps), "AHEAD": plan.PREFETCHED_KEYS,
+        # Masks of a head that is no power of two would need registers as well.
+        "AT_ONCE": plan.AT_ONCE if tile.apart and head_size == columns else 0,
+        "COMPILED": not triton.knobs.runtime.interpret,
     }  # fmt: skip
 
 

@@ -18,6 +18,9 @@ MAX_SPLITS = 32
 #: of eight sequences 39 in four and 64 in one.
 PROGRAM_KEYS = 256
 
+#: Tiles of keys up to which a decode program holds all of its keys and values: 192 registers a thread.
+AT_ONCE = 3
+
 #: Keys that a decode program asks the L2 cache for before it may start: enough for the pipeline's first steps.
 PREFETCHED_KEYS = 128
 
