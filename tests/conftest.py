@@ -1,4 +1,4 @@
-"""What every test gets: as many threads as it may use, no network, an empty Hugging Face cache, and what runs ahead."""
+"""What every test gets: as many threads as it may use, no network, caches of its own, and what runs ahead."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0))
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 _hugging_face = tempfile.TemporaryDirectory(prefix="ds_fp6_tests_")
 os.environ["HF_HOME"] = _hugging_face.name
+# Where Python is told to keep no bytecode, as in many containers, each of the many processes that tests start would
+# compile thousands of modules for seconds. It is kept until the end of the tests, and away from their sources.
+_bytecode = tempfile.TemporaryDirectory(prefix="ds_fp6_tests_", ignore_cleanup_errors=True)
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = _bytecode.name
+    sys.dont_write_bytecode = False
 
 import ahead  # noqa: E402  (it keeps the environment)
 
