@@ -20,6 +20,7 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
 def compiled(_: Path, capability: int) -> subprocess.CompletedProcess:
+    """In a process without Triton's interpreter, which other tests turn on."""
     environment = {name: value for name, value in ahead.ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     return ahead.run(sys.executable, ROOT / "tests" / "compile_attention.py", capability, env=environment)
