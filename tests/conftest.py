@@ -1,4 +1,4 @@
-"""What every test gets: as many threads as it may use, no network, and no Hugging Face cache but an empty one."""
+"""What every test gets: as many threads as it may use, no network, caches of its own, and what runs ahead."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0))
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 _hugging_face = tempfile.TemporaryDirectory(prefix="ds_fp6_tests_")
 os.environ["HF_HOME"] = _hugging_face.name
+# Where Python is told to keep no bytecode, as in many containers, each of the many processes that tests start would
+# compile thousands of modules for seconds. It is kept until the end of the tests, and away from their sources.
+_bytecode = tempfile.TemporaryDirectory(prefix="ds_fp6_tests_", ignore_cleanup_errors=True)
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = _bytecode.name
+    sys.dont_write_bytecode = False
+
+import ahead  # noqa: E402  (it keeps the environment)
 
 
 def _local(host: object) -> bool:
@@ -42,3 +50,16 @@ def _environment_is_left_alone():
     for name in changed:
         os.environ.pop(name, None) if name not in before else os.environ.__setitem__(name, before[name])
     assert not changed, f"the test changed these environment variables: {sorted(changed)}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ahead(request, tmp_path_factory):
+    work = ahead.Ahead(request.session.items, tmp_path_factory.mktemp)
+    yield work
+    work.end()
+
+
+@pytest.fixture
+def made(request, _ahead):
+    """What the function returned that the test is marked with: see ``ahead``."""
+    return _ahead.result(request.node)

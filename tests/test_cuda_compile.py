@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import ahead
 import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -44,19 +45,23 @@ LINEAR_REGISTERS = {
 OTHER_REGISTERS = {"quantize_kernel": 64, "dequantize_kernel": 64, "unpack_kernel": 64, "pack_kernel": 64}
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-def test_no_kernel_spills(tmp_path: Path, architecture: str) -> None:
-    source = tmp_path / "kernels.cu"
+def compiled(folder: Path, architecture: str) -> subprocess.CompletedProcess:
+    """nvcc with what ptxas reports."""
+    source = folder / "kernels.cu"
     source.write_text(SOURCE)
-    result = subprocess.run(
-        ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v",
-         "-Werror", "all-warnings", f"-I{CSRC}", "-cubin", "-o", str(tmp_path / "kernels.cubin"), str(source)],
-        capture_output=True, text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    return ahead.run(
+        "nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v",
+        "-Werror", "all-warnings", f"-I{CSRC}", "-cubin", "-o", folder / "kernels.cubin", source,
+    )  # fmt: skip
+
+
+@ahead.made_by(compiled)
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_no_kernel_spills(made: subprocess.CompletedProcess, architecture: str) -> None:
+    assert made.returncode == 0, made.stderr
     reports = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        result.stderr, re.DOTALL,
+        made.stderr, re.DOTALL,
     )
     assert len(reports) == 17 + 3 + 3 + 1 + 1, [name for name, *_ in reports]
     for name, stores, loads, registers in reports:

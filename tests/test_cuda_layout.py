@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import ahead
 import pytest
 
 from ds_fp6.formats import all_formats
@@ -13,15 +14,19 @@ from ds_fp6.formats import all_formats
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
-def test_every_code_of_every_format_comes_out_of_its_words(tmp_path: Path) -> None:
-    program = tmp_path / "check_layout"
+def checked(folder: Path) -> subprocess.CompletedProcess:
+    program = folder / "check_layout"
     source = ROOT / "tests" / "cpp" / "check_layout.cpp"
-    subprocess.run(
-        ["c++", "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}",
-         str(source), "-o", str(program)],
-        check=True,
-    )
-    result = subprocess.run([str(program)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == [fmt.name for fmt in all_formats()]
+    compiler = ahead.run(
+        "c++", "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}",
+        source, "-o", program,
+    )  # fmt: skip
+    assert compiler.returncode == 0, compiler.stderr
+    return ahead.run(program)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
+@ahead.made_by(checked)
+def test_every_code_of_every_format_comes_out_of_its_words(made: subprocess.CompletedProcess) -> None:
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert made.stdout.split() == [fmt.name for fmt in all_formats()]

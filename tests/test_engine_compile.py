@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ahead
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: torch's CPU builds leave it out")
@@ -18,28 +19,18 @@ ROOT = Path(__file__).parent.parent
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
-@pytest.fixture(scope="module")
-def compiling(tmp_path_factory):
-    """A process for each capability, side by side, and the files that take what it prints and its errors."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def compiled(_: Path, capability: int) -> subprocess.CompletedProcess:
+    """In a process without Triton's interpreter, which other tests turn on."""
+    environment = {name: value for name, value in ahead.ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    folder, running = tmp_path_factory.mktemp("compiled"), {}
-    for capability in SHARED:
-        printed, errors = folder / f"{capability}.json", folder / f"{capability}.log"
-        with printed.open("w") as out, errors.open("w") as err:
-            command = [sys.executable, str(ROOT / "tests" / "compile_attention.py"), str(capability)]
-            running[capability] = subprocess.Popen(command, stdout=out, stderr=err, env=environment), printed, errors
-    yield running
-    for process, *_ in running.values():
-        process.kill()
-        process.wait()
+    return ahead.run(sys.executable, ROOT / "tests" / "compile_attention.py", capability, env=environment)
 
 
+@ahead.made_by(compiled)
 @pytest.mark.parametrize("capability", SHARED)
-def test_kernels_fit(compiling, capability):
-    process, printed, errors = compiling[capability]
-    assert process.wait(timeout=280) == 0, errors.read_text()[-3000:]
-    found = json.loads(printed.read_text())
+def test_kernels_fit(made, capability):
+    assert made.returncode == 0, made.stderr[-3000:]
+    found = json.loads(made.stdout)
     assert len(found) == 15
     for kernel, usage in found.items():
         assert usage["shared"] <= SHARED[capability], kernel

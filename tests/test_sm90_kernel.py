@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import ahead
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -46,18 +47,6 @@ BF16_CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernel's sources with the emulator's headers in place of those that hold PTX."""
-    folder = tmp_path_factory.mktemp("sm90")
-    shutil.copytree(ROOT / "csrc" / "common", folder / "common")
-    for source in [*CUDA.glob("linear_sm90*.h"), *CUDA.glob("linear_sm90*.cuh"), CUDA / "linear.h", CUDA / "dequant.cuh", CUDA / "gate.cuh"]:
-        shutil.copy(source, folder)
-    for source in EMULATOR.iterdir():
-        shutil.copy(source, folder)
-    return folder
-
-
 def _cuda_include() -> Path:
     include = Path(NVCC).resolve().parent.parent / "include"
     if (include / "cuda_fp16.h").exists():
@@ -65,42 +54,35 @@ def _cuda_include() -> Path:
     return next(Path("/usr/local").glob("cuda*/include/cuda_fp16.h")).parent
 
 
-#: Format, type of x, and a flag more, of a program.
-PROGRAMS = [("3, 2", "__half", "-g0"), ("2, 2", "__nv_bfloat16", "-DDS_FP6_EVERY_LANE_ARRIVES")]
+#: Format, and a flag more, of a program for a type of x.
+PROGRAMS = {"__half": ("3, 2", "-g0"), "__nv_bfloat16": ("2, 2", "-DDS_FP6_EVERY_LANE_ARRIVES")}
 
 
-@pytest.fixture(scope="module")
-def compiling(sources: Path) -> dict[str, tuple[subprocess.Popen, Path]]:
-    """The compilers of the emulations for each type of x, side by side, and the programs that they make."""
-    running = {}
-    for fmt, dtype, flag in PROGRAMS:
-        program = sources / f"emulate_{dtype}"
-        command = [
-            "c++", "-std=c++17", "-O2", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
-            f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", flag, f"-I{sources}",
-            f"-I{_cuda_include()}", str(sources / "main.cpp"), "-o", str(program),
-        ]  # fmt: skip
-        running[dtype] = subprocess.Popen(command), program
-    return running
+def emulated(sources: Path, dtype: str, cases: tuple) -> subprocess.CompletedProcess:
+    """Runs the kernel's sources with the emulator's headers in place of those that hold PTX."""
+    fmt, flag = PROGRAMS[dtype]
+    shutil.copytree(ROOT / "csrc" / "common", sources / "common")
+    for source in [*CUDA.glob("linear_sm90*.h"), *CUDA.glob("linear_sm90*.cuh"), CUDA / "linear.h", CUDA / "dequant.cuh", CUDA / "gate.cuh"]:
+        shutil.copy(source, sources)
+    for source in EMULATOR.iterdir():
+        shutil.copy(source, sources)
+    compiler = ahead.run(
+        "c++", "-std=c++17", "-O2", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
+        f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", flag, f"-I{sources}",
+        f"-I{_cuda_include()}", sources / "main.cpp", "-o", sources / "emulate",
+    )  # fmt: skip
+    assert compiler.returncode == 0, compiler.stderr
+    return ahead.run(sources / "emulate", *(number for case in cases for number in case))
 
 
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
-@pytest.mark.parametrize("dtype, cases", [("__half", CASES + GROUPED), ("__nv_bfloat16", BF16_CASES)])
-def test_emulated_kernel_agrees_with_double_precision(compiling: dict, dtype: str, cases: list) -> None:
-    compiler, program = compiling[dtype]
-    assert compiler.wait(timeout=280) == 0
-    # Two processes share the cases, for machines with as many cores.
-    arguments = [[str(number) for case in half for number in case] for half in (cases[::2], cases[1::2])]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    running = [subprocess.Popen([str(program), *half], **pipes) for half in arguments]
-    try:
-        said = [process.communicate(timeout=280)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [text.strip() for text in said] == ["right"] * 2, "\n".join(said)
-    assert [process.returncode for process in running] == [0, 0]
+@ahead.made_by(emulated)
+@pytest.mark.parametrize("dtype, cases", [("__half", (*CASES, *GROUPED)), ("__nv_bfloat16", tuple(BF16_CASES))])
+def test_emulated_kernel_agrees_with_double_precision(
+    made: subprocess.CompletedProcess, dtype: str, cases: tuple
+) -> None:  # fmt: skip
+    assert (made.returncode, made.stdout.strip()) == (0, "right"), made.stdout + made.stderr
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++ is not on PATH")
@@ -146,29 +128,22 @@ KERNELS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def assembling(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.Popen, Path]]:
-    """nvcc for each file, side by side, and what ptxas reports."""
-    folder, running = tmp_path_factory.mktemp("assembled"), {}
-    for source, *_ in KERNELS:
-        report = folder / f"{source}.log"
-        command = [
-            NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
-            "-cubin", "-o", str(folder / f"{source}.cubin"), str(CUDA / source),
-        ]  # fmt: skip
-        with report.open("w") as said:
-            running[source] = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT), report
-    return running
+def assembled(folder: Path, source: str) -> subprocess.CompletedProcess:
+    """nvcc with what ptxas reports."""
+    return ahead.run(
+        NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
+        "-cubin", "-o", folder / "kernels.cubin", CUDA / source,
+    )  # fmt: skip
 
 
 @needs_nvcc
+@ahead.made_by(assembled)
 @pytest.mark.parametrize("source, instances, starts", KERNELS)
 def test_ptxas_neither_spills_nor_serializes(
-    assembling: dict, source: str, instances: int, starts: dict[str, int]
+    made: subprocess.CompletedProcess, source: str, instances: int, starts: dict[str, int]
 ) -> None:  # fmt: skip
-    compiler, said = assembling[source]
-    status, report = compiler.wait(timeout=280), said.read_text()
-    assert status == 0, report
+    report = made.stdout + made.stderr
+    assert made.returncode == 0, report
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
     assert len(kernels) == instances and set(kernels) == {("0", "0")}, report
     # Warpgroups hand registers around (setmaxnreg) out of what the block starts with: with less they would wait forever.
