@@ -9,7 +9,7 @@ import torch
 
 from ds_fp6.bench import step
 from ds_fp6.bench.__main__ import main
-from ds_fp6.bench.kernel_times import Kernel, by_name, kernel_class, seconds_by_class, taken
+from ds_fp6.bench.kernel_times import Kernel, by_name, gaps, kernel_class, seconds_by_class, taken
 from ds_fp6.bench.linear_cuda import Ceilings
 from ds_fp6.integrations.engine import build_engine, fill_cache, generate, greedy_steps
 from ds_fp6.integrations.engine import step as engine_step
@@ -48,6 +48,17 @@ def test_what_kernels_take_adds_up_to_when_any_ran():
     assert taken([]) == [] and by_name([]) == []
 
 
+def test_gaps_are_when_nothing_ran():
+    kernels = [Kernel("norm", 0.0, 1.0), Kernel("nvjet", 0.5, 2.0), Kernel("norm", 1.0, 1.5), Kernel("copy", 3.0, 3.5)]
+    kernels += [Kernel("nvjet", 4.0, 5.0), Kernel("copy", 6.5, 7.0), Kernel("copy", 7.0, 7.5)]
+    for order in (kernels, kernels[::-1]):
+        found = gaps(order)
+        assert found == [("nvjet", "copy", 2, pytest.approx(2.5)), ("copy", "nvjet", 1, pytest.approx(0.5))]
+    busy = sum(seconds for _, seconds in taken(kernels))
+    assert busy + sum(seconds for *_, seconds in found) == pytest.approx(7.5)
+    assert gaps([]) == [] == gaps(kernels[:1])
+
+
 def test_floor_of_llama_70b():
     shape = step.Shape("llama-2-70b", batch=32, context=399)
     weights = 80 * (10240 * 8192 + 8192 * 8192 + 57344 * 8192 + 8192 * 28672)
@@ -66,10 +77,13 @@ def test_floor_of_llama_70b():
 
 def test_idle_is_the_share_without_a_kernel():
     classes = dict.fromkeys(("linear", "attention", "communication", "other"), 0.002)
-    result = step.Result("wf6af16", 0.010, 0.005, classes, [("linear_sm90", 128.0, 0.00256), ("copy", 0.5, 1e-6)])
+    kernels, nothing = [("linear_sm90", 128.0, 0.00256), ("copy", 0.5, 1e-6)], [("copy", "norm", 2.0, 5e-6)]
+    result = step.Result("wf6af16", 0.010, 0.005, classes, kernels, nothing)
     assert result.busy == pytest.approx(0.008) and result.idle == pytest.approx(0.2)
     (text,) = step.kernel_lines(result, 1)
     assert text.split() == ["128.0", "x", "20.00", "us", "=", "2.560", "ms", "linear_sm90"]
+    (text,) = step.gap_lines(result, 3)
+    assert text.split() == ["2.0", "x", "2.50", "us", "=", "0.005", "ms", *"nothing between copy and norm".split()]
     assert step.line(result).split() == ["wf6af16", "10.000", "5.000", "2.00", *["2.000"] * 4, "20.0%"]
 
 

@@ -64,6 +64,18 @@ def by_name(kernels: Iterable[Kernel]) -> list[tuple[str, int, float]]:
     return sorted(((name, len(each), sum(each)) for name, each in runs.items()), key=lambda row: -row[2])
 
 
+def gaps(kernels: Iterable[Kernel]) -> list[tuple[str, str, int, float]]:
+    """(name before, name after, times, seconds) of all stretches in which nothing ran, those that took most first."""
+    found: dict[tuple[str, str], list[float]] = {}
+    last: Kernel | None = None  # of those so far, the one that ended last
+    for kernel in sorted(kernels, key=lambda kernel: kernel.begin):
+        if last is not None and kernel.begin > last.end:
+            found.setdefault((last.name, kernel.name), []).append(kernel.begin - last.end)
+        if last is None or kernel.end > last.end:
+            last = kernel
+    return sorted(((*names, len(each), sum(each)) for names, each in found.items()), key=lambda row: -row[3])
+
+
 def profile(work: Callable[[], object]) -> list[Kernel]:
     """The kernels, copies and fills that ``work`` runs on the GPU."""
     from torch.profiler import ProfilerActivity, profile

@@ -91,7 +91,8 @@ class Shape:
 class Result:
     """Seconds of one engine's step: on the clock, its floor, and on the GPU by class and by name of kernel.
 
-    ``kernels``: (name, runs, seconds) each, those that took most first.
+    ``kernels``: (name, runs, seconds) each, those that took most first. ``gaps``: (name before, name after, times,
+    seconds) of when nothing ran between the steps' first kernel and their last, likewise.
     """
 
     engine: str
@@ -99,6 +100,7 @@ class Result:
     floor: float
     classes: dict[str, float]
     kernels: list[tuple[str, float, float]]
+    gaps: list[tuple[str, str, float, float]]
 
     @property
     def busy(self) -> float:
@@ -121,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engines", default=f"{UPSTREAM},{UNQUANTIZED},wf6af16", help="comma-separated; default %(default)s"
     )
-    names = "also print the N kernels that take most, by name: how often they run in a step, and how long each time"
+    names = "also print the N kernels that take most, by name, and the N gaps: how often in a step, and how long each time"
     parser.add_argument("--kernels", type=int, default=0, metavar="N", help=names)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw where the time goes, with the floors, to this file")
@@ -158,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         results.append(Result(engine, floor=shape.floor(ceilings, bits[engine]), **figures))
         print(line(results[-1]), flush=True)
-        for text in kernel_lines(results[-1], args.kernels):
+        for text in [*kernel_lines(results[-1], args.kernels), *gap_lines(results[-1], args.kernels)]:
             print(text, flush=True)
     if args.json:
         report = {"shape": asdict(shape), "ceilings": asdict(ceilings)}
@@ -189,6 +191,14 @@ def kernel_lines(result: Result, count: int) -> list[str]:
     return [
         f"  {runs:6.1f} x {seconds / runs * 1e6:8.2f} us = {seconds * 1e3:7.3f} ms  {name[:120]}"
         for name, runs, seconds in result.kernels[:count]
+    ]
+
+
+def gap_lines(result: Result, count: int) -> list[str]:
+    """The ``count`` places where nothing ran for longest, as ``kernel_lines`` has kernels."""
+    return [
+        f"  {times:6.1f} x {seconds / times * 1e6:8.2f} us = {seconds * 1e3:7.3f} ms  nothing between {before[:50]} and {after[:50]}"
+        for before, after, times, seconds in result.gaps[:count]
     ]
 
 
@@ -275,8 +285,9 @@ def _measure_here(shape: Shape, engine_name: str, path: Path) -> int:
     wall = statistics.median(read(TIMED))
     kernels = kernel_times.profile(lambda: read(PROFILED))
     classes = {kind: seconds / PROFILED for kind, seconds in kernel_times.seconds_by_class(kernels).items()}
-    names = [(name, runs / PROFILED, seconds / PROFILED) for name, runs, seconds in kernel_times.by_name(kernels)]
+    names = [(*name, runs / PROFILED, seconds / PROFILED) for *name, runs, seconds in kernel_times.by_name(kernels)]
+    gaps = [(*names, times / PROFILED, seconds / PROFILED) for *names, times, seconds in kernel_times.gaps(kernels)]
     if int(os.environ.get("RANK", 0)) == 0:
-        figures = {"wall": wall, "classes": classes, "kernels": names}
+        figures = {"wall": wall, "classes": classes, "kernels": names, "gaps": gaps}
         path.write_text(json.dumps(figures))
     return 0
