@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import models
 import pytest
 import torch
+from transformers import AutoTokenizer
 from triton_device import DEVICE
 
 import ds_fp6.integrations.engine as fastgen
@@ -12,6 +15,7 @@ from ds_fp6.integrations.deepspeed import attention, pointwise, refusals, rotary
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares with the CPU's operators, in Triton's interpreter")
 
+SHIPPED = Path(__file__).parent.parent / "examples" / "tiny-python-llama"
 FAMILIES = ("llama_gqa", "llama_yarn", "mistral", "phi", "opt", "falcon")
 STATE = dict(max_ragged_batch_size=96, max_ragged_sequence_count=4, max_tracked_sequences=4)
 PROMPTS = [torch.arange(3, 60), torch.arange(5, 9), torch.arange(60, 66)]
@@ -39,6 +43,21 @@ def test_logits_are_those_of_the_cpus_operators(family, tmp_path, monkeypatch):
     found = logits(path, PROMPTS, 2)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_the_shipped_models_text_is_the_same(monkeypatch):
+    """Its likeliest tokens lie apart by 0.14 at least here, some ten times what rounding moves logits."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("for i in range(", "def read_file(path):\n    with open(")]
+    found = []
+    for _ in range(2):
+        engine = fastgen.build_engine(
+            SHIPPED, "wf6af16", memory_config={"mode": "allocate", "size": 4}, max_context=256, **STATE
+        )  # fmt: skip
+        found.append(fastgen.generate(engine, prompts, 12)[0])
+        monkeypatch.setenv(attention.VARIABLE, "triton")
+        monkeypatch.setenv(pointwise.VARIABLE, "triton")
+    assert torch.equal(*found), [tokenizer.batch_decode(tokens) for tokens in found]
 
 
 def test_the_module_is_ours_when_asked_for(tmp_path, monkeypatch):
