@@ -227,6 +227,23 @@ def test_a_server_that_does_not_start_says_why_and_leaves_nothing_behind(broken,
     assert_gone(ports)
 
 
+def test_a_port_that_only_answers_itself_is_not_taken_for_a_server(ports, monkeypatch):
+    class SelfConnected(socket.socket):
+        def connect_ex(self, address) -> int:
+            self.bind(address)
+            return super().connect_ex(address)
+
+    port = ports["port_number"]
+    assert not server.answers("127.0.0.1", port)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", SelfConnected)
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port + 1)) == 0
+        assert not server.answers("127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", port + 2)):
+        assert server.answers("127.0.0.1", port + 2)
+
+
 def test_a_server_runs_on_the_gpus_that_its_process_sees(monkeypatch):
     from mii.config import ReplicaConfig
 

@@ -62,6 +62,14 @@ def is_free(port: int) -> bool:
     return True
 
 
+def answers(host: str, port: int) -> bool:
+    """Whether somebody listens on a port. To ask a port that nobody has may connect the asking socket to itself: the
+    kernel gives it a port of its own, which may be that very one.
+    """
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0 and probe.getsockname() != probe.getpeername()
+
+
 def _ports(mii_config) -> list[tuple[str, int]]:
     """The ports that a server listens on at this machine, with the fields of the configuration that set them."""
     ports = [("port_number", mii_config.port_number)]
@@ -211,7 +219,7 @@ def _wait_until_live(_original, self, processes, deployment) -> None:
                     process.returncode
                 )
                 raise ServerFailed(f"the server of {config.model_conf.model_name_or_path} did not start: {reason}")
-            waiting = {address for address in waiting if not self._is_socket_open(*address)}
+            waiting = {address for address in waiting if not answers(*address)}
             time.sleep(0.1)
     except BaseException:
         stop(process)
