@@ -39,8 +39,9 @@ UPSTREAM_ENVIRONMENT = {
     "DS_FP6_ATTENTION": "upstream", "DS_FP6_POINTWISE": "upstream", "DS_FP6_CUDA_GRAPHS": "0", "DS_FP6_LOOKAHEAD": "0",
 }  # fmt: skip
 
-#: Steps before the clock starts, steps that are timed, and steps that are profiled after them.
-WARM_UP, TIMED, PROFILED = 4, 20, 3
+#: Steps before the clock starts, steps that are timed, and steps that are profiled after them: as many, since both
+#: follow a pause, after which the GPU's clock is high until its power limit has brought it down.
+WARM_UP, TIMED, PROFILED = 4, 20, 20
 BLOCK = 64
 
 
@@ -90,6 +91,8 @@ class Shape:
 @dataclass
 class Result:
     """Seconds of one engine's step: on the clock, its floor, and on the GPU by class and by name of kernel.
+
+    ``wall`` is the median of the timed steps, the others are means of the profiled ones.
 
     ``kernels``: (name, runs, seconds) each, those that took most first. ``gaps``: (name before, name after, times,
     seconds) of when nothing ran between the steps' first kernel and their last, likewise.
