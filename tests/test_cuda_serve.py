@@ -1,0 +1,86 @@
+"""``mii.serve`` on GPUs: its failures reach the client, and nothing is left of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import mii
+import pytest
+import torch
+from deployments import GREEDY, LONG, MODEL, PROMPTLY, PROMPTS, assert_gone, port_arguments, ranks, stream_all
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+#: Takes the first GPU's memory but for so many bytes, says so, and keeps it until its input ends.
+_HOARD = """
+import sys, torch
+torch.cuda.init()
+kept = torch.empty(torch.cuda.mem_get_info()[0] - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def ports() -> dict[str, int]:
+    return port_arguments()
+
+
+@pytest.fixture(autouse=True)
+def score_files(tmp_path, monkeypatch):
+    """Where MII keeps what it knows of a deployment."""
+    monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path / "mii"))
+
+
+def serve(**arguments):
+    return mii.serve(MODEL, quantization_mode="wf6af16", **arguments)
+
+
+@pytest.mark.parametrize("degree, problem", [(3, "cannot be split over 3 ranks"), (4, "devices")])
+def test_a_degree_that_cannot_be_had(degree, problem, ports):
+    if degree == 4 and torch.cuda.device_count() >= 4:
+        pytest.skip("there are as many GPUs as ranks")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=problem):
+        serve(tensor_parallel=degree, **ports)
+    assert time.monotonic() - start < PROMPTLY
+    assert_gone(ports)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_port_in_use_and_a_killed_rank(degree, ports):
+    if torch.cuda.device_count() < degree:
+        pytest.skip(f"needs {degree} GPUs")
+    client = serve(deployment_name=f"ranks{degree}", tensor_parallel=degree, **ports)
+    lengths = [answer.generated_length for answer in client.generate(PROMPTS, **GREEDY)]
+    assert lengths == [GREEDY["max_new_tokens"]] * len(PROMPTS)
+    with pytest.raises(OSError, match=rf"port {ports['port_number']} \(port_number\) is in use"):
+        serve(deployment_name="another", **ports)
+    start = time.monotonic()
+    found = stream_all(client, PROMPTS, kill=ranks()[-1], **LONG)
+    took = time.monotonic() - start
+    assert all(isinstance(text, RuntimeError) for text in found), found
+    assert all("the server is gone" in str(text) or "generation stopped" in str(text) for text in found), found
+    assert took < PROMPTLY
+    assert_gone(ports)
+    print(f"\ntensor_parallel={degree}, killed: {took:.1f} s, {found[0]}")
+
+
+def test_no_memory_left_for_the_kv_cache(ports):
+    hoard = subprocess.Popen(
+        [sys.executable, "-c", _HOARD, str(10**9)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert hoard.stdout.readline() == "taken\n"
+        start = time.monotonic()
+        problem = "did not start: replica 0 ended with status 1: .*Insufficient memory"
+        with pytest.raises(RuntimeError, match=problem) as raised:
+            serve(deployment_name="full", **ports)
+        took = time.monotonic() - start
+        assert_gone(ports)
+    finally:
+        hoard.communicate("")
+    print(f"\nno memory: {took:.1f} s, {raised.value}")
+    assert took < PROMPTLY
