@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from ds_fp6.integrations.mii import entry
 from ds_fp6.integrations.mii.server import is_free
@@ -31,12 +32,19 @@ def free_ports(count: int) -> int:
             return first
 
 
-def port_arguments() -> dict[str, int]:
+@pytest.fixture(scope="module")
+def ports() -> dict[str, int]:
     """MII takes the ports after ``port_number`` for its ranks, and one in a hundred for each replica's rendezvous."""
     while True:
         dist = free_ports(1)
         if dist + 100 < 65536 and is_free(dist + 100):
             return {"port_number": free_ports(4), "torch_dist_port": dist, "zmq_port_number": free_ports(2)}
+
+
+@pytest.fixture(autouse=True)
+def score_files(tmp_path, monkeypatch):
+    """Where MII keeps what it knows of a deployment."""
+    monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path / "mii"))
 
 
 def processes() -> list[psutil.Process]:

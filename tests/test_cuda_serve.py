@@ -11,7 +11,8 @@ from pathlib import Path
 import mii
 import pytest
 import torch
-from deployments import GREEDY, LONG, MODEL, PROMPTLY, PROMPTS, assert_gone, port_arguments, ranks, stream_all
+from deployments import ports, score_files  # noqa: F401  (fixtures)
+from deployments import GREEDY, LONG, MODEL, PROMPTLY, PROMPTS, assert_gone, ranks, stream_all
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -23,17 +24,6 @@ kept = torch.empty(torch.cuda.mem_get_info()[0] - int(sys.argv[1]), dtype=torch.
 print("taken", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="module")
-def ports() -> dict[str, int]:
-    return port_arguments()
-
-
-@pytest.fixture(autouse=True)
-def score_files(tmp_path, monkeypatch):
-    """Where MII keeps what it knows of a deployment."""
-    monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path / "mii"))
 
 
 def serve(**arguments):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import socket
@@ -12,31 +10,24 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import mii
 import models
 import psutil
 import pytest
+from deployments import ports, score_files  # noqa: F401  (fixtures)
 from deployments import (
-    GREEDY, LONG, MODEL, PROMPTLY, PROMPTS, assert_gone, command, free_ports, port_arguments, processes, ranks,
-    stream_all,
+    GREEDY, LONG, MODEL, PROMPTLY, PROMPTS, assert_gone, command, free_ports, processes, ranks, stream_all,
 )  # fmt: skip
 from mii.backend.server import MIIServer
 
-from ds_fp6.integrations.mii import entry, guard, server
+from ds_fp6.integrations.mii import guard, server
 from ds_fp6.integrations.mii.server import is_free
 
 
-@pytest.fixture(scope="module")
-def ports() -> dict[str, int]:
-    return port_arguments()
-
-
 @pytest.fixture(autouse=True)
-def score_files(tmp_path, monkeypatch):
-    """Where MII keeps what it knows of a deployment."""
-    monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path / "mii"))
+def one_thread(monkeypatch):
+    """For each process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

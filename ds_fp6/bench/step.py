@@ -40,7 +40,7 @@ UPSTREAM_ENVIRONMENT = {
 }  # fmt: skip
 
 #: Steps before the clock starts, steps that are timed, and steps that are profiled after them: as many, since both
-#: follow a pause, after which the GPU's clock is high until its power limit has brought it down.
+#: follow a pause, after which the GPU's clock may be higher until its power limit brings it down.
 WARM_UP, TIMED, PROFILED = 4, 20, 20
 BLOCK = 64
 
