@@ -54,10 +54,17 @@ struct Device {
     double bytes_per_second;  // that the memory's bus can carry
 };
 
-// Scratch memory of a (device, stream), allocated once and kept. The first kWorkspaceFlagBytes are zero when a kernel
-// starts and must be zero again when it ends; the rest is anything.
+// Scratch memory of a (device, stream), allocated once and kept. Its parts, in this order, hold when a kernel starts, and
+// must hold again when it ends:
+//   kWorkspaceFlagBytes    zeros
+//   kWorkspaceSumBytes     kAbsentSum in every word: fp32 sums that blocks hand to each other, where no sum is yet
+//   kWorkspacePieceBytes   anything
 constexpr size_t kWorkspaceFlagBytes = 4096;
-constexpr size_t kWorkspaceBytes = kWorkspaceFlagBytes + (size_t(34) << 20);
+constexpr size_t kWorkspaceSumBytes = size_t(18) << 20;
+constexpr size_t kWorkspacePieceBytes = size_t(34) << 20;
+constexpr size_t kWorkspaceBytes = kWorkspaceFlagBytes + kWorkspaceSumBytes + kWorkspacePieceBytes;
+// A NaN that no arithmetic returns: all its bytes are alike, too.
+constexpr uint32_t kAbsentSum = 0xFFFFFFFF;
 
 // Whether the kernel computes this problem (format, groups, bias, alignment); says nothing about speed. False where the
 // extension was not compiled for the kernel's architecture.

@@ -45,7 +45,8 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     p.bias_is_fp32 = problem.bias_dtype == Dtype::kFloat32;
     p.y = static_cast<uint16_t*>(problem.y);
     p.arrived = static_cast<uint32_t*>(workspace);
-    p.partials = reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kWorkspaceFlagBytes);
+    p.partials = reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kWorkspaceFlagBytes +
+                                            kWorkspaceSumBytes);
     p.m = problem.m, p.n = problem.n, p.k = problem.k;
     p.groups = problem.groups, p.group_size = problem.group_size;
     p.panels_n = ceil_div(p.n, kPanelRows), p.panels_k = ceil_div(p.k, kPanelColumns);
@@ -56,7 +57,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     const int units = static_cast<int>(tiles * p.steps);
 
     constexpr int kMostBlocks = kWorkspaceFlagBytes / sizeof(uint32_t);
-    constexpr int kMostPartials = (kWorkspaceBytes - kWorkspaceFlagBytes) / (2 * Tile::kPartialBytes);
+    constexpr int kMostPartials = kWorkspacePieceBytes / (2 * Tile::kPartialBytes);
     int grid = device.sms * resident;
     grid = grid < kMostBlocks ? grid : kMostBlocks;
     grid = grid < kMostPartials ? grid : kMostPartials;

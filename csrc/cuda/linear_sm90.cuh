@@ -40,46 +40,51 @@ __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
     // those it waits for from starting.
     const int worker = p.schedule.workers - 1 - static_cast<int>(blockIdx.x) / T::kClusterK;
 
-    if (thread == T::kConsumers * 128) {
-        ring.initialize();
-        if constexpr (T::kClusterK > 1) Exchange<T, C::kBits>::initialize(ring);
-        barrier_init_fence();
-    }
-    sync_blocks<T>();
-    launch_later_grids();
-
+    using Start = sm90::Start<T, Shares::kCount>;
     if (warpgroup < T::kConsumers) {
+        Start::wait();
+        launch_later_grids();
         if constexpr (Shares::kMovesRegisters) registers_increase<Shares::kConsumerRegisters>();
         wait_for_earlier_grids();
         Consumer<T, C, kGrouped> consumer(p, ring, warpgroup, warp % 4, lane);
         Exchange<T, C::kBits> exchange(ring, rank, warpgroup, thread % 128);
         const Epilogue<T, C, kGrouped> epilogue(p, ring, worker, rank, warpgroup, thread % 128);
         PieceWalk walk(p.schedule, worker);
-        for (Piece piece; walk.next(piece);) {
+        bool first_piece = true;
+        for (Piece piece; walk.next(piece); first_piece = false) {
             float sums[T::kOwnPanels][T::kSums], half[T::kOwnPanels][T::kOwnSums];
             const auto terms = epilogue.load_terms(piece);
             consumer.multiply(sums, part_of<T::kClusterK>(piece, rank));
-            if (!exchange.add_up_turns(sums)) continue;
+            if (!exchange.add_up_turns(sums, first_piece)) continue;
             auto& own = exchange.add_up_cluster(sums, half);
             if (piece.begin != 0) {
                 epilogue.publish(own);
             } else {
                 if (piece.end != p.schedule.steps) epilogue.collect(own, piece);
-                epilogue.store(own, piece.tile, terms);
+                epilogue.store(own, terms);
             }
         }
         exchange.wait_taken();
     } else {
         if constexpr (Shares::kMovesRegisters) registers_decrease<Shares::kProducerRegisters>();
-        if (warp == T::kConsumers * 4 && lane == 0) copy_weights(p, ring, worker, rank);
-        if (warp == T::kConsumers * 4 + 1 && lane == 0) {
-            tensor_prefetch(&x_map);
-            wait_for_earlier_grids();
-            copy_activations(p, &x_map, ring, worker, rank);
+        if (warp == T::kConsumers * 4) {
+            copy_weights<Start>(p, ring, worker, rank, lane);
+            Start::finish();
+        } else if (warp == T::kConsumers * 4 + 1) {
+            if (lane == 0) {
+                ring.initialize();
+                Exchange<T, C::kBits>::initialize(ring);
+                barrier_init_fence();
+            }
+            __syncwarp();
+            Start::announce();
+            copy_activations(p, &x_map, ring, worker, rank, lane);
+            Start::finish();
+        } else {
+            Start::wait();
         }
-        __syncwarp();
     }
-    if constexpr (T::kClusterK > 1) sync_blocks<T>();  // no block leaves while the other may still signal it
+    if constexpr (T::kClusterK > 1) cluster_sync();  // no block leaves while the other may still signal it
 #endif
 }
 

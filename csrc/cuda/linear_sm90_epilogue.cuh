@@ -41,100 +41,112 @@ public:
         token_scales_ = ring.base + Layout::kTokenScales + group_ * T::kOwnTokens * 2;
     }
 
-    // Scale and bias of the two channels of each panel that a thread holds sums of; thread i has the scale of token i.
+    // Where the tile's part of this consumer begins; scale and bias, as they lie in memory, of the two channels of each
+    // panel that a thread holds sums of; thread i has the scale of token i.
     struct Terms {
-        float scale[T::kOwnPanels][2], bias[T::kOwnPanels][2], token_scale;
+        int channel, token;
+        float scale[T::kOwnPanels][2], token_scale;
+        uint32_t bias[T::kOwnPanels][2];
     };
 
-    // Ahead of the multiplication, so that it hides the loads.
+    // Ahead of the multiplication, so that it hides the loads; nothing here may use what they return.
     __device__ Terms load_terms(const Piece& piece) const {
         Terms terms{};
         if (piece.begin != 0) return terms;
-        const int first = first_channel(piece.tile) + thread_ / 32 * 16 + thread_ % 32 / 4;
+        const TileOrigin origin = tile_origin(p_.schedule, piece.tile);
+        terms.channel = (origin.n * T::kPanels + group_ * T::kOwnPanels) * 64;
+        terms.token = origin.m * T::kTokens + rank_ * T::kOwnTokens;
+        keep(terms.channel), keep(terms.token);
+        const int first = terms.channel + thread_ / 32 * 16 + thread_ % 32 / 4;
 #pragma unroll
         for (int i = 0; i < 2 * T::kOwnPanels; ++i) {
             const int n = first + i / 2 * 64 + i % 2 * 8;
             if (n >= p_.n) continue;
-            terms.scale[i / 2][i % 2] = C::kValue * (kGrouped ? 1.f : p_.scales[n]);
-            if (p_.bias) terms.bias[i / 2][i % 2] = bias_of(n);
+            terms.scale[i / 2][i % 2] = kGrouped ? 1.f : p_.scales[n];
+            if (p_.bias_is_fp32) terms.bias[i / 2][i % 2] = static_cast<const uint32_t*>(p_.bias)[n];
+            else if (p_.bias) terms.bias[i / 2][i % 2] = static_cast<const uint16_t*>(p_.bias)[n];
         }
-        if (!kBFloat16 && kScalesAhead && p_.x_scales) terms.token_scale = token_scale(piece.tile);
+        if (!kBFloat16 && kScalesAhead && p_.x_scales) terms.token_scale = token_scale(terms);
         return terms;
     }
 
-    // For a piece whose tile an earlier worker owns.
+    // For a piece whose tile an earlier worker owns. No flag says that the sums are there, they do so themselves: that
+    // spares their owner two trips to the L2 and the sender a fence.
     __device__ void publish(OwnSums& sums) const {
         float4* target = partial(worker_);
         visit4(sums, [&](float4 sum, int i) {
-            __stcg(&target[i * 128], sum);
+            store_relaxed_16(&target[i * 128], present(sum));
             return sum;
         });
-        sync();
-        if (thread_ == 0) store_release(published(worker_), 1);
     }
 
-    // For a piece that has the first step of its tile but not the last: adds the later pieces, in the order of K.
+    // For a piece that has the first step of its tile but not the last: adds the later pieces, in the order of K, and
+    // leaves none behind.
     __device__ void collect(OwnSums& sums, const Piece& piece) const {
         const Schedule& s = p_.schedule;
         int other = worker_;
         for (int done = piece.end; done < s.steps;) {
             ++other;
             done += s.range_begin(other + 1) - s.range_begin(other);
-            if (thread_ == 0) {
-                while (load_acquire(published(other)) == 0) {
-                }
-            }
-            sync();
-            const float4* source = partial(other);
-            visit4(sums, [&](float4 sum, int i) { return sum + __ldcg(&source[i * 128]); });
-            if (thread_ == 0) *published(other) = 0;  // for the next launch
+            take(sums, partial(other));
         }
     }
 
     // y = sums * scale (+ bias), rounded once.
-    __device__ void store(OwnSums& sums, int tile, const Terms& terms) const {
+    __device__ void store(OwnSums& sums, const Terms& terms) const {
         if constexpr (kBFloat16) {
-            store_as<__nv_bfloat16, false>(sums, tile, terms);
+            store_as<__nv_bfloat16, false>(sums, terms);
         } else if (p_.x_scales) {
-            const float scale = kScalesAhead ? terms.token_scale : token_scale(tile);
-            // A power of two is exact in bf16 as well.
-            if (thread_ < T::kOwnTokens) store_shared_2(token_scales_ + thread_ * 2, __float_as_uint(scale) >> 16);
-            store_as<__nv_bfloat16, true>(sums, tile, terms);
+            const float scale = kScalesAhead ? terms.token_scale : token_scale(terms);
+            if constexpr (!kWarpCopies) {
+                // A power of two is exact in bf16 as well.
+                if (thread_ < T::kOwnTokens) store_shared_2(token_scales_ + thread_ * 2, __float_as_uint(scale) >> 16);
+            }
+            store_as<__nv_bfloat16, true>(sums, terms);
         } else {
-            store_as<__half, false>(sums, tile, terms);
+            store_as<__half, false>(sums, terms);
         }
     }
 
 private:
     static constexpr int kFirstGroupBarrier = 2;
     static constexpr bool kScalesAhead = T::kOwnTokens <= 64;  // tiles of more have no register to spare
+    // Whether each warp copies the 16 channels that it staged, 32 bytes a token, instead of 128 bytes with the others,
+    // whom it would wait for: worth it where there is little to copy.
+    static constexpr bool kWarpCopies = T::kOwnTokens <= 32;
 
-    __device__ int first_channel(int tile) const {
-        return (tile_origin(p_.schedule, tile).n * T::kPanels + group_ * T::kOwnPanels) * 64;
+    // What is kept in a register is not computed again at the end, where it would be waited for.
+    __device__ static void keep(int& value) { asm volatile("" : "+r"(value)); }
+
+    // Of this thread's token, or, where warps keep to themselves, of this lane's; for a token that is not there, any.
+    __device__ float token_scale(const Terms& terms) const {
+        const int token = kWarpCopies ? thread_ % 32 : thread_;
+        return p_.x_scales[min(terms.token + min(token, T::kOwnTokens - 1), p_.m - 1)];
     }
 
-    __device__ int first_token(int tile) const {
-        return tile_origin(p_.schedule, tile).m * T::kTokens + rank_ * T::kOwnTokens;
+    // Of two neighbouring tokens of the tile.
+    __device__ float2 token_scales(const Terms& terms, int token) const {
+        if constexpr (kWarpCopies) {
+            return make_float2(__shfl_sync(~0u, terms.token_scale, token), __shfl_sync(~0u, terms.token_scale, token + 1));
+        } else {
+            const uint32_t s = load_shared_4(token_scales_ + token * 2);
+            return make_float2(__uint_as_float(s << 16), __uint_as_float(s & 0xFFFF0000u));
+        }
     }
 
-    // Of this thread's token; for a token that is not there, any.
-    __device__ float token_scale(int tile) const {
-        return p_.x_scales[min(first_token(tile) + min(thread_, T::kOwnTokens - 1), p_.m - 1)];
-    }
-
-    __device__ float bias_of(int n) const {
-        if (p_.bias_is_fp32) return static_cast<const float*>(p_.bias)[n];
-        return kBFloat16 || p_.x_scales ? to_float(static_cast<const __nv_bfloat16*>(p_.bias)[n])
-                                        : to_float(static_cast<const __half*>(p_.bias)[n]);
+    template <class Element>
+    __device__ float bias_value(uint32_t bits) const {
+        if (p_.bias_is_fp32) return __uint_as_float(bits);
+        const uint16_t half = static_cast<uint16_t>(bits);
+        return to_float(reinterpret_cast<const Element&>(half));
     }
 
     // kTokenScales: tokens have scales of their own.
     template <class Element, bool kTokenScales>
-    __device__ void store_as(const OwnSums& sums, int tile, const Terms& terms) const {
+    __device__ void store_as(const OwnSums& sums, const Terms& terms) const {
 #pragma unroll
         for (int panel = 0; panel < T::kOwnPanels; ++panel) {
-            store_panel<Element, kTokenScales>(sums[panel], terms, panel, first_channel(tile) + panel * 64,
-                                               first_token(tile));
+            store_panel<Element, kTokenScales>(sums[panel], terms, panel, terms.channel + panel * 64, terms.token);
         }
     }
 
@@ -144,9 +156,59 @@ private:
         return reinterpret_cast<float4*>(p_.partials) +
                (consumer_of(worker) * (T::kOwnPanels * T::kOwnSums / 4 * 128) + thread_);
     }
-    __device__ uint32_t* published(int worker) const { return p_.published + consumer_of(worker); }
+
+    static constexpr int kVectors = T::kOwnPanels * T::kOwnSums / 4;  // of a thread's sums
+    static constexpr int kVectorsAtOnce = kVectors < 16 ? kVectors : 8;
+    static_assert(kVectors % kVectorsAtOnce == 0, "parts of one size");
+
+    // sums += what is at `source`, as soon as it is there.
+    __device__ void take(OwnSums& sums, float4* source) const {
+#pragma unroll
+        for (int first = 0; first < kVectors; first += kVectorsAtOnce) {
+            float4 taken[kVectorsAtOnce];
+            bool all;
+            do {
+                all = true;
+#pragma unroll
+                for (int i = 0; i < kVectorsAtOnce; ++i) taken[i] = load_relaxed_16(&source[(first + i) * 128]);
+#pragma unroll
+                for (int i = 0; i < kVectorsAtOnce; ++i) all &= is_present(taken[i]);
+            } while (!all);
+#pragma unroll
+            for (int i = 0; i < kVectorsAtOnce; ++i) {
+                const float absent = __uint_as_float(kAbsentSum);
+                store_relaxed_16(&source[(first + i) * 128], make_float4(absent, absent, absent, absent));
+                float* s = &sums[(first + i) * 4 / T::kOwnSums][(first + i) * 4 % T::kOwnSums];
+                s[0] += taken[i].x, s[1] += taken[i].y, s[2] += taken[i].z, s[3] += taken[i].w;
+            }
+        }
+    }
+
+    __device__ static bool is_present(float4 v) {
+        return __float_as_uint(v.x) != kAbsentSum && __float_as_uint(v.y) != kAbsentSum &&
+               __float_as_uint(v.z) != kAbsentSum && __float_as_uint(v.w) != kAbsentSum;
+    }
+    __device__ static float4 present(float4 v) { return make_float4(present(v.x), present(v.y), present(v.z), present(v.w)); }
+    __device__ static float present(float sum) {
+        return __float_as_uint(sum) == kAbsentSum ? __uint_as_float(0x7FFFFFFF) : sum;
+    }
 
     __device__ void sync() const { named_sync(kFirstGroupBarrier + group_, 128); }
+
+    // Between staging and copying.
+    __device__ void sync_staging() const {
+        if constexpr (kWarpCopies) __syncwarp();
+        else sync();
+    }
+
+    // What a thread copies of each sixteen tokens that are staged: a token's 16 bytes. The order of the tokens is that
+    // in which the swizzle leaves no two of eight neighbouring lanes the same banks.
+    __device__ int copied_row() const {
+        if constexpr (!kWarpCopies) return thread_ / 8;
+        const int i = thread_ % 32 / 2;
+        return i / 8 * 8 + i % 4 * 2 + i / 4 % 2;
+    }
+    __device__ int copied_chunk() const { return kWarpCopies ? thread_ / 32 * 2 + thread_ % 2 : thread_ % 8; }
 
     // NOTE: tokens' scales reach from 2^-126 to 2^113. The small ones come first and the large ones last: what lies
     // between is in fp32's range where y is.
@@ -159,13 +221,13 @@ private:
     template <class Element, bool kTokenScales>
     __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel, int channel,
                                 int token) const {
-        const auto& scale = terms.scale[panel];
-        const auto& bias = terms.bias[panel];
+        const float scale[2] = {C::kValue * terms.scale[panel][0], C::kValue * terms.scale[panel][1]};
+        const float bias[2] = {bias_value<Element>(terms.bias[panel][0]), bias_value<Element>(terms.bias[panel][1])};
         const int warp = thread_ / 32, lane = thread_ % 32;
 #pragma unroll
         for (int first = 0; first < T::kOwnTokens; first += Layout::kStagedTokens) {
             if (token + first >= p_.m) break;
-            sync();
+            sync_staging();
 #pragma unroll
             for (int t = 0; t < Layout::kStagedTokens; t += 16) {
                 uint32_t q[4] = {};
@@ -176,10 +238,9 @@ private:
                     if constexpr (!kTokenScales) {
                         q[i] = pack_pair(sums[at] * scale[h] + bias[h], sums[at + 1] * scale[h] + bias[h], Element());
                     } else {
-                        const uint32_t s = load_shared_4(token_scales_ + (first + t + 8 * (i / 2) + lane % 4 * 2) * 2);
-                        q[i] = pack_pair(scaled(sums[at], __uint_as_float(s << 16), scale[h]) + bias[h],
-                                         scaled(sums[at + 1], __uint_as_float(s & 0xFFFF0000u), scale[h]) + bias[h],
-                                         Element());
+                        const float2 s = token_scales(terms, first + t + 8 * (i / 2) + lane % 4 * 2);
+                        q[i] = pack_pair(scaled(sums[at], s.x, scale[h]) + bias[h],
+                                         scaled(sums[at + 1], s.y, scale[h]) + bias[h], Element());
                     }
                 }
                 const int row = t + lane % 8 + (Layout::kStagedTokens >= 16 ? lane / 16 * 8 : 0);
@@ -191,7 +252,7 @@ private:
                     store_matrix_transposed_2(address, q[0], q[1]);
                 }
             }
-            sync();
+            sync_staging();
             if (p_.gate == Gate::kNone) {
                 copy_staged(channel, token + first);
             } else {
@@ -201,11 +262,11 @@ private:
     }
 
     __device__ void copy_staged(int channel, int token) const {
-        const int chunk = thread_ % 8, n = channel + 8 * chunk;
+        const int chunk = copied_chunk(), n = channel + 8 * chunk;
         uint16_t* y = static_cast<uint16_t*>(p_.y);
 #pragma unroll
         for (int row = 0; row < Layout::kStagedTokens; row += 16) {
-            const int inside = row + thread_ / 8, m = token + inside;
+            const int inside = row + copied_row(), m = token + inside;
             if (inside >= Layout::kStagedTokens || m >= p_.m || n >= p_.n) continue;
             const uint4 v = load_shared_16(staging_ + inside * 128 + ((chunk ^ (inside % 8)) * 16));
             uint16_t* target = y + static_cast<int64_t>(m) * p_.n + n;
@@ -221,11 +282,11 @@ private:
     // Eight staged channels become four of y.
     template <class Element, Gate kGate>
     __device__ void copy_gated(int channel, int token) const {
-        const int chunk = thread_ % 8, n = (channel + 8 * chunk) / 2, channels = p_.n / 2;
+        const int chunk = copied_chunk(), n = (channel + 8 * chunk) / 2, channels = p_.n / 2;
         uint16_t* y = static_cast<uint16_t*>(p_.y);
 #pragma unroll
         for (int row = 0; row < Layout::kStagedTokens; row += 16) {
-            const int inside = row + thread_ / 8, m = token + inside;
+            const int inside = row + copied_row(), m = token + inside;
             if (inside >= Layout::kStagedTokens || m >= p_.m || n >= channels) continue;
             const uint4 v = load_shared_16(staging_ + inside * 128 + ((chunk ^ (inside % 8)) * 16));
             const uint2 out = make_uint2(gated_pair<Element, kGate>(v.x, v.y), gated_pair<Element, kGate>(v.z, v.w));

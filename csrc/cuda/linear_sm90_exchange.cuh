@@ -38,6 +38,7 @@ public:
 
     // One thread, for the block.
     __device__ static void initialize(const Ring<T, kBits>& ring) {
+        if constexpr (T::kClusterK == 1) return;
         for (int group = 0; group < T::kGroups; ++group) {
             barrier_init(arrived(ring.base, group), 1);
             barrier_init(taken(ring.base, group), 4);
@@ -45,22 +46,24 @@ public:
     }
 
     // All consumers; leaves the whole sums with the first one of each group and returns whether this is it.
-    __device__ bool add_up_turns(Sums& sums) const {
+    __device__ bool add_up_turns(Sums& sums, bool first_piece) const {
         if constexpr (T::kSplit > 1) {
             constexpr int kAll = T::kConsumers * 128;
-            named_sync(kTurnsBarrier, kAll);
             if (turn_ != 0) {
+                if (!first_piece) named_sync(kReadBarrier, kAll);
                 visit4(sums, [&](float4 sum, int i) {
                     store_shared_16(of_turn(turn_) + i * 2048, sum);
                     return sum;
                 });
+                named_arrive(kWrittenBarrier, kAll);
+                return false;
             }
-            named_sync(kTurnsBarrier, kAll);
-            if (turn_ != 0) return false;
+            named_sync(kWrittenBarrier, kAll);
 #pragma unroll
             for (int turn = 1; turn < T::kSplit; ++turn) {
                 visit4(sums, [&](float4 sum, int i) { return sum + load_shared_float4(of_turn(turn) + i * 2048); });
             }
+            named_arrive(kReadBarrier, kAll);
         }
         return true;
     }
@@ -95,7 +98,7 @@ public:
     }
 
 private:
-    static constexpr int kTurnsBarrier = 1;
+    static constexpr int kWrittenBarrier = 1, kReadBarrier = 4;  // named ones, of all consumers
 
     // This group's buffers: of each consumer after the first, and of the other block.
     __device__ uint32_t of_turn(int turn) const { return buffer() + (turn - 1) * Layout::kTurnBytes; }

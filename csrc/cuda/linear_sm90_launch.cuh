@@ -76,10 +76,9 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     p.scales = problem.scales;
     p.x_scales = problem.x_scales;
     p.bias = problem.bias;
-    p.bias_is_fp32 = problem.bias_dtype == Dtype::kFloat32;
+    p.bias_is_fp32 = problem.bias != nullptr && problem.bias_dtype == Dtype::kFloat32;
     p.gate = problem.gate;
     p.y = problem.y;
-    p.published = static_cast<uint32_t*>(workspace);
     p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + kWorkspaceFlagBytes);
     p.m = problem.m, p.n = problem.n;
     p.groups = problem.groups, p.group_blocks = kGrouped ? problem.group_size / 64 : 1;
@@ -88,8 +87,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     if (split.workers == 0) split = tiling.cut();
     p.schedule = make_schedule(tiling.tiles_n, tiling.tiles_m, tiling.steps, split, kTokensTogether / T::kTokens);
     const size_t consumers = static_cast<size_t>(p.schedule.workers) * T::kClusterK * T::kGroups;  // that publish
-    if (consumers * sizeof(uint32_t) > kWorkspaceFlagBytes ||
-        consumers * T::kOwnPanels * T::kOwnSums * 128 * sizeof(float) > kWorkspaceBytes - kWorkspaceFlagBytes) {
+    if (consumers * T::kOwnPanels * T::kOwnSums * 128 * sizeof(float) > kWorkspaceSumBytes) {
         return cudaErrorInvalidConfiguration;
     }
 

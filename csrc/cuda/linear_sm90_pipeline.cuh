@@ -18,8 +18,7 @@ struct Problem {
     const float* x_scales; // null: y is fp16; or [m], of the tokens: y is bf16
     const void* bias;      // [n] of y's type or fp32, or null
     void* y;               // [m, n]; with a gate [m, n / 2]
-    float* partials;       // [consumers of the grid][sums of a consumer]
-    uint32_t* published;   // [consumers of the grid]: 1 while that consumer's partial sums wait for their owner
+    float* partials;       // [consumers of the grid][sums of a consumer], kAbsentSum where there is none
     int m, n;
     int groups;        // 1: one scale a channel
     int group_blocks;  // 64-wide blocks of K that share a scale
@@ -100,6 +99,7 @@ struct Ring {
     // One thread. A slot is full when both copiers have said what to expect and all of it has landed; it is empty when
     // every warp that reads it has let go of it.
     __device__ void initialize() const {
+#pragma unroll
         for (int slot = 0; slot < Layout::kStages; ++slot) {
             barrier_init(full(slot), 2);
             barrier_init(empty(slot), 4 * T::kConsumers * kReleasingLanes);
@@ -117,28 +117,49 @@ struct Ring {
     }
 };
 
-// All threads of the block, or of its cluster.
-template <class T>
-__device__ inline void sync_blocks() {
-    if constexpr (T::kClusterK > 1) {
-        cluster_sync();
-    } else {
-        __syncthreads();
-    }
-}
+// How a block starts, or a cluster of blocks: one of the two copying warps makes the barriers, then everybody may use
+// them. What a copier has to find out first, it finds out meanwhile. kThreads: of the block.
+template <class T, int kThreads>
+struct Start {
+    static constexpr bool kCluster = T::kClusterK > 1;
+    static constexpr int kCopiers = 15;  // a named barrier
 
-// One thread. Weights do not depend on the kernel before: this runs ahead of it, but not by the whole ring, which would
-// be a queue in the memory for that kernel's own loads (docs/kernels.md, version 21).
-template <class T, int kBits>
-__device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring, int worker, int rank) {
+    // The warp that has made the barriers goes on.
+    __device__ static void announce() {
+        if constexpr (kCluster) named_arrive(kCopiers, 64), cluster_arrive();
+        else named_arrive(0, kThreads);
+    }
+    // The other copier waits for this block's only.
+    __device__ static void wait_own() {
+        if constexpr (kCluster) cluster_arrive(), named_sync(kCopiers, 64);
+        else named_sync(0, kThreads);
+    }
+    __device__ static void wait() {
+        if constexpr (kCluster) cluster_sync();
+        else named_sync(0, kThreads);
+    }
+    // What is left to do of those that did not `wait`.
+    __device__ static void finish() {
+        if constexpr (kCluster) cluster_wait();
+    }
+};
+
+// A warp; its first thread copies. Weights do not depend on the kernel before: this runs ahead of it, but not by the
+// whole ring, which would be a queue in the memory for that kernel's own loads (docs/kernels.md, version 21).
+template <class Start, class T, int kBits>
+__device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring, int worker, int rank, int lane) {
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_first();
-    int ahead = 72 * 1024 / Layout::kWeightStage;  // stages
+    int ahead = 72 * 1024 / Layout::kWeightStage, unused = Layout::kStages;  // stages
     typename Ring<T, kBits>::Slot slot;
     PieceWalk walk(p.schedule, worker);
-    for (Piece piece; walk.next(piece);) {
+    Piece piece{};
+    bool goes_on = walk.next(piece);
+    TileOrigin origin = tile_origin(p.schedule, piece.tile);
+    Start::wait_own();
+    for (; goes_on && lane == 0; goes_on = walk.next(piece), origin = tile_origin(p.schedule, piece.tile)) {
         const Piece own = part_of<T::kClusterK>(piece, rank);
-        const int panel = tile_origin(p.schedule, piece.tile).n * T::kPanels;
+        const int panel = origin.n * T::kPanels;
         const int panels = min(T::kPanels, p.panels - panel);
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
             const int block = step * T::kBlocks;
@@ -146,7 +167,7 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
             // activations there are zeros.
             const int bytes = min(T::kBlocks, p.k_blocks - block) * Layout::kWeightBlock;
             if (ahead-- == 0) wait_for_earlier_grids();
-            ring.wait_empty(slot);
+            if (unused-- <= 0) ring.wait_empty(slot);
             barrier_arrive_expect(ring.full(slot.index), panels * bytes);
             for (int i = 0; i < panels; ++i) {
                 bulk_copy(ring.weights(slot.index) + i * T::kBlocks * Layout::kWeightBlock,
@@ -155,28 +176,35 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
             }
         }
     }
+    __syncwarp();
 }
 
-// One thread. The tensor map fills rows past m and columns past k with zeros, and counts their bytes.
+// A warp; its first thread copies. The tensor map fills rows past m and columns past k with zeros, and counts their
+// bytes.
 template <class T, int kBits>
 __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_map, const Ring<T, kBits>& ring,
-                                        int worker, int rank) {
+                                        int worker, int rank, int lane) {
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_last();
     typename Ring<T, kBits>::Slot slot;
     PieceWalk walk(p.schedule, worker);
-    for (Piece piece; walk.next(piece);) {
+    Piece piece{};
+    bool goes_on = walk.next(piece);
+    TileOrigin origin = tile_origin(p.schedule, piece.tile);
+    tensor_prefetch(x_map);
+    wait_for_earlier_grids();
+    for (; goes_on && lane == 0; goes_on = walk.next(piece), origin = tile_origin(p.schedule, piece.tile)) {
         const Piece own = part_of<T::kClusterK>(piece, rank);
-        const int token = tile_origin(p.schedule, piece.tile).m * T::kTokens;
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
             ring.wait_empty(slot);
             barrier_arrive_expect(ring.full(slot.index), Layout::kActivationStage);
             for (int i = 0; i < T::kBlocks; ++i) {
                 tensor_copy(ring.activations(slot.index) + i * Layout::kActivationBlock, x_map,
-                            (step * T::kBlocks + i) * 64, token, ring.full(slot.index), policy);
+                            (step * T::kBlocks + i) * 64, origin.m * T::kTokens, ring.full(slot.index), policy);
             }
         }
     }
+    __syncwarp();
 }
 
 }  // namespace sm90

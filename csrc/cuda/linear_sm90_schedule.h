@@ -11,6 +11,7 @@
 // that he owns last, asks for it. The sum runs in the order of K: deterministic.
 #pragma once
 
+#include <cstdint>
 #include <numeric>
 
 #include "common/layout.h"
@@ -18,6 +19,24 @@
 namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
+
+// n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery): a division takes some 200 clocks, and
+// blocks begin and end with nothing else to do.
+struct Divisor {
+    uint32_t divisor = 1, multiplier = 1;
+    int shift = 0;
+
+    Divisor() = default;
+    explicit Divisor(int by) : divisor(by) {
+        while ((uint64_t(1) << shift) < divisor) ++shift;
+        multiplier = static_cast<uint32_t>((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1);
+    }
+
+    DS_FP6_HD int operator()(int n) const {
+        const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(multiplier) * static_cast<uint32_t>(n) >> 32);
+        return static_cast<int>((high + n) >> shift);
+    }
+};
 
 struct Schedule {
     int workers;
@@ -29,6 +48,7 @@ struct Schedule {
     int whole;        // tiles [0, whole) are computed by one worker each: tile i * workers + worker
     int range_least;  // steps in a worker's range: range_least, and one more for the first range_more workers
     int range_more;
+    Divisor by_steps, by_tiles_n, by_group, by_group_m, by_last_group_m;  // group: its tiles
 
     DS_FP6_HD int range_begin(int worker) const {
         return worker * range_least + (worker < range_more ? worker : range_more);
@@ -81,6 +101,13 @@ inline Schedule make_schedule(int tiles_n, int tiles_m, int steps, Split split, 
     s.whole = tiles - shared;
     s.range_least = shared * steps / workers;
     s.range_more = shared * steps % workers;
+    s.by_steps = Divisor(steps);
+    s.by_tiles_n = Divisor(tiles_n);
+    if (s.group_m != 0) {
+        s.by_group = Divisor(s.group_m * tiles_n);
+        s.by_group_m = Divisor(s.group_m);
+        s.by_last_group_m = Divisor(tiles_m % s.group_m == 0 ? s.group_m : tiles_m % s.group_m);
+    }
     return s;
 }
 
@@ -105,13 +132,15 @@ struct TileOrigin {
 
 // Groups of group_m tiles along the tokens; inside a group the tokens run fastest.
 DS_FP6_HD TileOrigin tile_origin(const Schedule& s, int tile) {
-    if (s.group_m == 0) return {tile % s.tiles_n, tile / s.tiles_n};
-    const int per_group = s.group_m * s.tiles_n;
-    const int group = tile / per_group;
-    const int first_m = group * s.group_m;
-    const int left = s.tiles_m - first_m, rows = left < s.group_m ? left : s.group_m;
-    const int inside = tile - group * per_group;
-    return {inside / rows, first_m + inside % rows};
+    if (s.tiles_m == 1) return {tile, 0};
+    if (s.group_m == 0) {
+        const int m = s.by_tiles_n(tile);
+        return {tile - m * s.tiles_n, m};
+    }
+    const int group = s.by_group(tile), first_m = group * s.group_m;
+    const int inside = tile - first_m * s.tiles_n, left = s.tiles_m - first_m;
+    const int n = left < s.group_m ? s.by_last_group_m(inside) : s.by_group_m(inside);
+    return {n, first_m + inside - n * (left < s.group_m ? left : s.group_m)};
 }
 
 // Walks a worker's pieces: the piece that an earlier worker owns, the whole tiles, the rest of the range.
@@ -120,7 +149,7 @@ public:
     DS_FP6_HD PieceWalk(const Schedule& s, int worker) : s_(s), whole_(worker) {
         at_ = s.range_begin(worker);
         end_ = s.range_begin(worker + 1);
-        tile_ = at_ / s.steps;
+        tile_ = s.by_steps(at_);
         offset_ = at_ - tile_ * s.steps;
     }
 

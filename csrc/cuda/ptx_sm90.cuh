@@ -177,9 +177,14 @@ __device__ inline uint32_t warp_largest(uint32_t value) { return __reduce_max_sy
 
 // ---- threads, clusters, grids ---------------------------------------------------------------------------------------
 
-// Barrier `id` (1..15; 0 is __syncthreads') among `threads` threads.
+// Barrier `id` (0..15; 0 is __syncthreads' too) among `threads` threads.
 __device__ inline void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same for those that need not wait, so that others go on.
+__device__ inline void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 __device__ inline uint32_t cluster_rank() {
@@ -189,9 +194,11 @@ __device__ inline uint32_t cluster_rank() {
 }
 
 // Orders threads, not their writes to global memory: those would cost a fence of the whole GPU.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
 }
 
 // Programmatic dependent launch: returns once every earlier kernel of the stream has finished and flushed.
@@ -200,14 +207,20 @@ __device__ inline void wait_for_earlier_grids() { asm volatile("griddepcontrol.w
 // Programmatic dependent launch: the next kernel may take free SMs from here on.
 __device__ inline void launch_later_grids() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-__device__ inline uint32_t load_acquire(const uint32_t* address) {
-    uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return value;
+// Four words for other blocks, or from them: each word is whole, nothing is said about their order.
+__device__ inline float4 load_relaxed_16(const float4* address) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
 }
 
-__device__ inline void store_release(uint32_t* address, uint32_t value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+__device__ inline void store_relaxed_16(float4* address, float4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+                 "f"(v.w)
+                 : "memory");
 }
 
 }  // namespace sm90

@@ -10,9 +10,9 @@ namespace ds_fp6 {
 namespace cuda {
 namespace {
 
-// Zeroed memory from CUDA itself, allowed and complete even while the caller's stream is being captured: memory of
-// torch's allocator would belong to the graph, and its zeroing would be recorded instead of done.
-cudaError_t allocate_zeroed(void** memory) {
+// Memory with its first contents from CUDA itself, allowed and complete even while the caller's stream is being captured: memory of
+// torch's allocator would belong to the graph, and its setting would be recorded instead of done.
+cudaError_t allocate_set(void** memory) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaError_t status = cudaThreadExchangeStreamCaptureMode(&mode);
     if (status != cudaSuccess) return status;
@@ -20,6 +20,10 @@ cudaError_t allocate_zeroed(void** memory) {
     status = cudaMalloc(memory, kWorkspaceBytes);
     if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     if (status == cudaSuccess) status = cudaMemsetAsync(*memory, 0, kWorkspaceFlagBytes, stream);
+    if (status == cudaSuccess) {
+        status = cudaMemsetAsync(static_cast<uint8_t*>(*memory) + kWorkspaceFlagBytes, kAbsentSum & 0xFF,
+                                 kWorkspaceSumBytes, stream);
+    }
     if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
     if (stream != nullptr) cudaStreamDestroy(stream);
     const cudaError_t restored = cudaThreadExchangeStreamCaptureMode(&mode);
@@ -35,7 +39,7 @@ cudaError_t workspace_of(int device, cudaStream_t stream, void** workspace) {
     void*& memory = known[{device, stream}];
     if (memory == nullptr) {
         void* fresh = nullptr;
-        const cudaError_t status = allocate_zeroed(&fresh);
+        const cudaError_t status = allocate_set(&fresh);
         if (status != cudaSuccess) {
             if (fresh != nullptr) cudaFree(fresh);
             return status;

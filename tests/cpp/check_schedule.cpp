@@ -54,7 +54,21 @@ static void check(int tiles_n, int tiles_m, int steps, int most, bool cut, bool 
     }
 }
 
+static void check_divisor(int divisor, int n) {
+    if (n < 0 || Divisor(divisor)(n) == n / divisor) return;
+    std::printf("%d / %d is not %d\n", n, divisor, Divisor(divisor)(n));
+    std::exit(1);
+}
+
 int main() {
+    for (int64_t divisor = 1; divisor < 0x7FFFFFFF; divisor += divisor < 3000 ? 1 : divisor / 3) {
+        for (int64_t quotient : {int64_t(0), int64_t(1), int64_t(2), int64_t(77), 0x7FFFFFFF / divisor}) {
+            for (int more : {-1, 0, 1}) {
+                if (divisor * quotient + more <= 0x7FFFFFFF) check_divisor(int(divisor), int(divisor * quotient + more));
+            }
+        }
+        check_divisor(int(divisor), 0x7FFFFFFF);
+    }
     for (int workers : {1, 2, 3, 7, 66, 132}) {
         for (int tiles_n : {1, 2, 5, 32, 40, 80, 128, 160, 224, 896}) {
             for (int tiles_m : {1, 2, 3, 8, 9, 32}) {

@@ -21,6 +21,7 @@
 namespace emulator {
 
 constexpr int kSharedBytes = 227 * 1024;
+constexpr int kMostIdle = 400;  // turns of all threads in which nothing changes: reading sums word by word takes some
 constexpr size_t kStackBytes = 256 << 10;
 
 struct Barrier {  // an mbarrier
@@ -51,6 +52,7 @@ struct Thread {
     Block* block;
     int index;
     bool finished = false, earlier_grids_ended = false;
+    uint64_t cluster_generation = 0;  // in which it has arrived at its cluster's barrier
     // What this thread has issued to the tensor cores: groups of operations, the newest last.
     std::vector<std::vector<std::function<void()>>> groups{1};
     // What it shows to the other threads of its warp.
@@ -80,14 +82,19 @@ inline void later(std::function<void()> land) {
     in_flight.emplace_back(1 + random_source() % 40, std::move(land));
 }
 
-inline void meet(Meeting& meeting, int threads) {
+// Returns the generation that ends when all have arrived.
+inline uint64_t arrive(Meeting& meeting, int threads) {
     const uint64_t generation = meeting.generation;
     ++progress;
     if (++meeting.arrived == threads) {
         meeting.arrived = 0;
         ++meeting.generation;
-        return;
     }
+    return generation;
+}
+
+inline void meet(Meeting& meeting, int threads) {
+    const uint64_t generation = arrive(meeting, threads);
     while (meeting.generation == generation) yield();
 }
 
@@ -176,7 +183,7 @@ inline bool launch(int grid, int threads, int cluster) {
             land();
         }
         idle = progress == before ? idle + 1 : 0;
-        if (idle > 8) return false;
+        if (idle > kMostIdle) return false;
     }
     return in_flight.empty();
 }
@@ -185,13 +192,15 @@ inline bool launch(int grid, int threads, int cluster) {
 
 // ---- CUDA's words for a C++ compiler --------------------------------------------------------------------------------
 
-inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
     using namespace emulator;
-    current->shown[0] = value;
+    static_assert(sizeof(T) == 4, "a register");
+    std::memcpy(&current->shown[0], &value, 4);
     meet_warp();
-    const uint32_t result = lane_of_warp(lane).shown[0];
+    std::memcpy(&value, &lane_of_warp(lane).shown[0], 4);
     meet_warp();
-    return result;
+    return value;
 }
 inline void __syncwarp() { emulator::meet_warp(); }
 inline void __syncthreads() { emulator::meet(emulator::current->block->meetings[0], emulator::current->block->threads); }

@@ -172,7 +172,7 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
             w[size_t(i) * k + j] = value_of_code(code) * scales[size_t(i) * groups + (group_size ? j / group_size : 0)];
         }
     }
-    std::vector<uint8_t> workspace(kWorkspaceBytes);
+    std::vector<uint8_t> workspace(kWorkspaceFlagBytes + kWorkspaceSumBytes, 0xFF);
     LinearProblem p{};
     p.exponent_bits = Fmt::kExponentBits, p.mantissa_bits = Fmt::kMantissaBits;
     p.dtype = kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
@@ -208,7 +208,7 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
         return tile == 0 ? sm90::launch<Fmt>(p, device, workspace.data(), nullptr)
                          : kTiles[tile - 1](p, device, workspace.data(), nullptr, sm90::Split{});
     };
-    for (int turn = 0; turn < 2; ++turn) {  // the second launch finds the flags that the first one left
+    for (int turn = 0; turn < 2; ++turn) {  // the second launch finds the sums that the first one left: none
         std::fill(y.begin(), y.end(), Element(kPoison));
         const cudaError_t status = launch();
         if (status != cudaSuccess) {

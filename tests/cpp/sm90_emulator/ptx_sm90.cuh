@@ -124,6 +124,7 @@ template <int>
 void registers_decrease() {}
 
 inline void named_sync(int id, int threads) { meet(current->block->meetings[id], threads); }
+inline void named_arrive(int id, int threads) { arrive(current->block->meetings[id], threads); }
 inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline uint32_t warp_largest(uint32_t value) {
     current->shown[0] = value;
@@ -134,20 +135,36 @@ inline uint32_t warp_largest(uint32_t value) {
 }
 
 inline uint32_t cluster_rank() { return current->block->rank; }
-inline void cluster_sync() {
-    meet(*current->block->cluster_meeting, current->block->threads * static_cast<int>(current->block->cluster.size()));
+inline void cluster_arrive() {
+    const int threads = current->block->threads * static_cast<int>(current->block->cluster.size());
+    current->cluster_generation = arrive(*current->block->cluster_meeting, threads);
 }
+inline void cluster_wait() {
+    while (current->block->cluster_meeting->generation == current->cluster_generation) yield();
+}
+inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
 inline void wait_for_earlier_grids() { current->earlier_grids_ended = true; }
 inline void launch_later_grids() {}
 
-inline uint32_t load_acquire(const uint32_t* address) {
-    need_earlier_grids("reads a flag");
-    yield();
-    return *address;
+// Word by word, each of them for the other threads to see before the next.
+inline float4 load_relaxed_16(const float4* address) {
+    need_earlier_grids("reads sums");
+    float words[4];
+    for (int i = 0; i < 4; ++i) {
+        yield();
+        std::memcpy(&words[i], reinterpret_cast<const uint8_t*>(address) + 4 * i, 4);
+    }
+    return {words[0], words[1], words[2], words[3]};
 }
-inline void store_release(uint32_t* address, uint32_t value) {
-    need_earlier_grids("sets a flag");
-    ++progress, *address = value;
+inline void store_relaxed_16(float4* address, float4 v) {
+    need_earlier_grids("writes sums");
+    const int first = static_cast<int>(random_source() % 4);
+    for (int i = 0; i < 4; ++i) {
+        const int word = (first + i) % 4 * 4;
+        ++progress;
+        std::memcpy(reinterpret_cast<uint8_t*>(address) + word, reinterpret_cast<const uint8_t*>(&v) + word, 4);
+        yield();
+    }
 }
 
 }  // namespace sm90
