@@ -29,7 +29,8 @@ struct Threads {
 
 template <class T, class C, bool kGrouped>
 __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
-    linear_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ Problem p) {
+    linear_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weights_map,
+                       const __grid_constant__ Problem p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Shares = Threads<T, kGrouped>;
     extern __shared__ __align__(1024) uint8_t shared[];
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
     } else {
         if constexpr (Shares::kMovesRegisters) registers_decrease<Shares::kProducerRegisters>();
         if (warp == T::kConsumers * 4) {
-            copy_weights<Start>(p, ring, worker, rank, lane);
+            copy_weights<Start>(p, &weights_map, ring, worker, rank, lane);
             Start::finish();
         } else if (warp == T::kConsumers * 4 + 1) {
             if (lane == 0) {

@@ -38,10 +38,11 @@ public:
 
     // One thread, for the block.
     __device__ static void initialize(const Ring<T, kBits>& ring) {
-        if constexpr (T::kClusterK == 1) return;
-        for (int group = 0; group < T::kGroups; ++group) {
-            barrier_init(arrived(ring.base, group), 1);
-            barrier_init(taken(ring.base, group), 4);
+        if constexpr (T::kClusterK > 1) {
+            for (int group = 0; group < T::kGroups; ++group) {
+                barrier_init(arrived(ring.base, group), 1);
+                barrier_init(taken(ring.base, group), 4);
+            }
         }
     }
 

@@ -11,7 +11,7 @@ namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-// What a launch is about; the kernel's parameter beside the tensor map of x.
+// What a launch is about; the kernel's parameter beside the tensor maps of x and of the packed weights.
 struct Problem {
     const uint8_t* tiles;  // packed weights, common/layout.h
     const float* scales;   // [n, groups]
@@ -144,10 +144,38 @@ struct Start {
     }
 };
 
+// Packed weights as a tensor map has them: panels of rows of this length, as long as divides a 64 x 64 block of any width.
+template <int kBits>
+constexpr int kMapRowBytes = kBits % 2 == 0 ? 1024 : 512;
+
+// Copies a stage's weights: T::kBlocks blocks from `block` of T::kPanels panels from `panel`. What is not there becomes
+// zeros, or, where no map does so, is left out: what lies in shared memory instead is finite as weights, and the
+// activations there, or the channels, are none.
+template <class T, int kBits>
+__device__ inline void copy_stage(const Problem& p, const CUtensorMap* map, uint32_t target, int panel, int block,
+                                  uint32_t barrier, uint64_t policy) {
+    using Layout = SharedLayout<T, kBits>;
+    if constexpr (T::kMapsWeights) {
+        constexpr int kRows = Layout::kWeightBlock / kMapRowBytes<kBits>;
+        barrier_arrive_expect(barrier, Layout::kWeightStage);
+        tensor_copy(target, map, 0, block * kRows, panel, barrier, policy);
+    } else {
+        const int panels = min(T::kPanels, p.panels - panel);
+        const int bytes = min(T::kBlocks, p.k_blocks - block) * Layout::kWeightBlock;
+        const uint8_t* source = p.tiles + (static_cast<int64_t>(panel) * p.k_blocks + block) * Layout::kWeightBlock;
+        barrier_arrive_expect(barrier, panels * bytes);
+#pragma unroll
+        for (int i = 0; i < T::kPanels; ++i, source += p.k_blocks * Layout::kWeightBlock) {
+            if (i < panels) bulk_copy(target + i * T::kBlocks * Layout::kWeightBlock, source, bytes, barrier, policy);
+        }
+    }
+}
+
 // A warp; its first thread copies. Weights do not depend on the kernel before: this runs ahead of it, but not by the
 // whole ring, which would be a queue in the memory for that kernel's own loads (docs/kernels.md, version 21).
 template <class Start, class T, int kBits>
-__device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring, int worker, int rank, int lane) {
+__device__ inline void copy_weights(const Problem& p, const CUtensorMap* map, const Ring<T, kBits>& ring, int worker,
+                                    int rank, int lane) {
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_first();
     int ahead = 72 * 1024 / Layout::kWeightStage, unused = Layout::kStages;  // stages
@@ -156,24 +184,15 @@ __device__ inline void copy_weights(const Problem& p, const Ring<T, kBits>& ring
     Piece piece{};
     bool goes_on = walk.next(piece);
     TileOrigin origin = tile_origin(p.schedule, piece.tile);
+    if constexpr (T::kMapsWeights) tensor_prefetch(map);
     Start::wait_own();
     for (; goes_on && lane == 0; goes_on = walk.next(piece), origin = tile_origin(p.schedule, piece.tile)) {
         const Piece own = part_of<T::kClusterK>(piece, rank);
-        const int panel = origin.n * T::kPanels;
-        const int panels = min(T::kPanels, p.panels - panel);
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
-            const int block = step * T::kBlocks;
-            // NOTE: blocks past K are not copied. What lies in shared memory instead is finite as weights, and the
-            // activations there are zeros.
-            const int bytes = min(T::kBlocks, p.k_blocks - block) * Layout::kWeightBlock;
             if (ahead-- == 0) wait_for_earlier_grids();
             if (unused-- <= 0) ring.wait_empty(slot);
-            barrier_arrive_expect(ring.full(slot.index), panels * bytes);
-            for (int i = 0; i < panels; ++i) {
-                bulk_copy(ring.weights(slot.index) + i * T::kBlocks * Layout::kWeightBlock,
-                          p.tiles + (static_cast<int64_t>(panel + i) * p.k_blocks + block) * Layout::kWeightBlock,
-                          bytes, ring.full(slot.index), policy);
-            }
+            copy_stage<T, kBits>(p, map, ring.weights(slot.index), origin.n * T::kPanels, step * T::kBlocks,
+                                 ring.full(slot.index), policy);
         }
     }
     __syncwarp();

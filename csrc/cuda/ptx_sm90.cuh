@@ -96,6 +96,15 @@ __device__ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int 
         : "memory");
 }
 
+__device__ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, int plane,
+                                   uint32_t barrier, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
+        "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
 // ---- shared memory and registers ------------------------------------------------------------------------------------
 
 __device__ inline uint4 load_shared_16(uint32_t address) {

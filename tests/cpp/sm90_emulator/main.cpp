@@ -47,11 +47,18 @@ using namespace ds_fp6::cuda;
 #define EMULATED_ELEMENT __half
 #endif
 
-static CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, void* x, const cuuint64_t* sizes,
+static CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* memory, const cuuint64_t* sizes,
                        const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
                        CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-    const sm90::EmulatedMap emulated{static_cast<const uint8_t*>(x), int(sizes[1]), int(sizes[0]), int(strides[0] / 2),
-                                    int(box[1])};
+    sm90::EmulatedMap emulated{static_cast<const uint8_t*>(memory), type == CU_TENSOR_MAP_DATA_TYPE_UINT64 ? 8 : 2,
+                               {1, 1, 1}, {0, 0}, {1, 1, 1}};
+    for (cuuint32_t i = 0; i < rank; ++i) {
+        emulated.sizes[i] = int64_t(sizes[i]), emulated.box[i] = int(box[i]);
+        if (box[i] > 256 || box[i] == 0) return CUDA_ERROR_INVALID_VALUE;
+        if (i > 0) emulated.strides[i - 1] = int64_t(strides[i - 1]);
+        if (i > 0 && strides[i - 1] % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
+    }
+    static_assert(sizeof(emulated) <= sizeof(CUtensorMap), "fits");
     std::memcpy(map, &emulated, sizeof(emulated));
     return CUDA_SUCCESS;
 }
@@ -75,10 +82,12 @@ extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, con
         emulator::kernel_body = [=] { convert(rows); };
         return emulator::launch(config->gridDim.x, config->blockDim.x, 1) ? cudaSuccess : cudaErrorLaunchTimeout;
     }
-    const auto kernel = reinterpret_cast<void (*)(const CUtensorMap, const sm90::Problem)>(const_cast<void*>(function));
-    const auto& map = *static_cast<const CUtensorMap*>(arguments[0]);
-    const auto& problem = *static_cast<const sm90::Problem*>(arguments[1]);
-    emulator::kernel_body = [=] { kernel(map, problem); };
+    using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const sm90::Problem);
+    const auto kernel = reinterpret_cast<Kernel>(const_cast<void*>(function));
+    const auto& x_map = *static_cast<const CUtensorMap*>(arguments[0]);
+    const auto& weights_map = *static_cast<const CUtensorMap*>(arguments[1]);
+    const auto& problem = *static_cast<const sm90::Problem*>(arguments[2]);
+    emulator::kernel_body = [=] { kernel(x_map, weights_map, problem); };
     return emulator::launch(config->gridDim.x, config->blockDim.x, cluster) ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 

@@ -44,28 +44,54 @@ inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint3
     later([=] { std::memcpy(to, source, bytes), b->complete(bytes); });
 }
 
-// What the launcher's tensor map holds here.
+// What the launcher's tensor maps hold here: sizes and box in elements, strides of rows and planes in bytes.
 struct EmulatedMap {
-    const uint8_t* x;
-    int m, k, stride, rows;
+    const uint8_t* memory;
+    int element;
+    int64_t sizes[3], strides[2];
+    int box[3];
+
+    // An element within the box at `at`; zeros past the end.
+    void read(uint8_t* target, const int (&at)[3], int column, int row, int plane) const {
+        const int64_t c = at[0] + column, r = at[1] + row, p = at[2] + plane;
+        std::memset(target, 0, element);
+        if (c >= sizes[0] || r >= sizes[1] || p >= sizes[2]) return;
+        std::memcpy(target, memory + p * strides[1] + r * strides[0] + c * element, element);
+    }
+    int bytes() const { return element * box[0] * box[1] * box[2]; }
 };
 inline void tensor_prefetch(const CUtensorMap*) {}
+// Activations: rows of 128 bytes whose 16-byte chunks are swizzled.
 inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t address, uint64_t) {
     EmulatedMap x;
     std::memcpy(&x, map, sizeof(x));
-    if (target % 1024 != 0) std::printf("bad tensor copy\n"), std::exit(3);
+    if (target % 1024 != 0 || x.bytes() != x.box[1] * 128) std::printf("bad tensor copy\n"), std::exit(3);
     need_earlier_grids("copies activations");
     uint8_t* to = memory(target, 16);
     Barrier* b = &barrier(address);
     later([=] {
-        for (int r = 0; r < x.rows; ++r) {
-            for (int c = 0; c < 64; ++c) {
-                uint16_t value = 0;
-                if (row + r < x.m && column + c < x.k) std::memcpy(&value, x.x + (int64_t(row + r) * x.stride + column + c) * 2, 2);
-                std::memcpy(to + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, &value, 2);
+        for (int r = 0; r < x.box[1]; ++r) {
+            for (int c = 0; c < 64; ++c) x.read(to + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, {column, row, 0}, c, r, 0);
+        }
+        b->complete(x.bytes());
+    });
+}
+// Weights: dense.
+inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, int plane, uint32_t address,
+                        uint64_t) {
+    EmulatedMap w;
+    std::memcpy(&w, map, sizeof(w));
+    if (target % 128 != 0) std::printf("bad tensor copy\n"), std::exit(3);
+    uint8_t* to = memory(target, 16);
+    Barrier* b = &barrier(address);
+    later([=] {
+        uint8_t* next = to;
+        for (int p = 0; p < w.box[2]; ++p) {
+            for (int r = 0; r < w.box[1]; ++r) {
+                for (int c = 0; c < w.box[0]; ++c, next += w.element) w.read(next, {column, row, plane}, c, r, p);
             }
         }
-        b->complete(x.rows * 128);
+        b->complete(w.bytes());
     });
 }
 
