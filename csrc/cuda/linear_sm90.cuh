@@ -29,8 +29,8 @@ struct Threads {
 
 template <class T, class C, bool kGrouped>
 __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
-    linear_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weights_map,
-                       const __grid_constant__ Problem p) {
+    linear_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ Problem p,
+                       const __grid_constant__ CUtensorMap weights_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Shares = Threads<T, kGrouped>;
     extern __shared__ __align__(1024) uint8_t shared[];

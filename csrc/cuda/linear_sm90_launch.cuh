@@ -124,7 +124,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = T::kClusterK > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, weights_map, p);
+    return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, p, weights_map);
 }
 
 // Activations in fp16.

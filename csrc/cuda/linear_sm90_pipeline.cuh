@@ -162,11 +162,11 @@ __device__ inline void copy_stage(const Problem& p, const CUtensorMap* map, uint
     } else {
         const int panels = min(T::kPanels, p.panels - panel);
         const int bytes = min(T::kBlocks, p.k_blocks - block) * Layout::kWeightBlock;
-        const uint8_t* source = p.tiles + (static_cast<int64_t>(panel) * p.k_blocks + block) * Layout::kWeightBlock;
         barrier_arrive_expect(barrier, panels * bytes);
-#pragma unroll
-        for (int i = 0; i < T::kPanels; ++i, source += p.k_blocks * Layout::kWeightBlock) {
-            if (i < panels) bulk_copy(target + i * T::kBlocks * Layout::kWeightBlock, source, bytes, barrier, policy);
+        for (int i = 0; i < panels; ++i) {
+            bulk_copy(target + i * T::kBlocks * Layout::kWeightBlock,
+                      p.tiles + (static_cast<int64_t>(panel + i) * p.k_blocks + block) * Layout::kWeightBlock, bytes,
+                      barrier, policy);
         }
     }
 }

@@ -82,12 +82,12 @@ extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, con
         emulator::kernel_body = [=] { convert(rows); };
         return emulator::launch(config->gridDim.x, config->blockDim.x, 1) ? cudaSuccess : cudaErrorLaunchTimeout;
     }
-    using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const sm90::Problem);
+    using Kernel = void (*)(const CUtensorMap, const sm90::Problem, const CUtensorMap);
     const auto kernel = reinterpret_cast<Kernel>(const_cast<void*>(function));
     const auto& x_map = *static_cast<const CUtensorMap*>(arguments[0]);
-    const auto& weights_map = *static_cast<const CUtensorMap*>(arguments[1]);
-    const auto& problem = *static_cast<const sm90::Problem*>(arguments[2]);
-    emulator::kernel_body = [=] { kernel(x_map, weights_map, problem); };
+    const auto& problem = *static_cast<const sm90::Problem*>(arguments[1]);
+    const auto& weights_map = *static_cast<const CUtensorMap*>(arguments[2]);
+    emulator::kernel_body = [=] { kernel(x_map, problem, weights_map); };
     return emulator::launch(config->gridDim.x, config->blockDim.x, cluster) ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 
