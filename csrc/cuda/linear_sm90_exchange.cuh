@@ -50,21 +50,19 @@ public:
     __device__ bool add_up_turns(Sums& sums, bool first_piece) const {
         if constexpr (T::kSplit > 1) {
             constexpr int kAll = T::kConsumers * 128;
+            if (!first_piece) named_sync(kTurnsBarrier, kAll);  // the sums of the piece before have been read
             if (turn_ != 0) {
-                if (!first_piece) named_sync(kReadBarrier, kAll);
                 visit4(sums, [&](float4 sum, int i) {
                     store_shared_16(of_turn(turn_) + i * 2048, sum);
                     return sum;
                 });
-                named_arrive(kWrittenBarrier, kAll);
-                return false;
             }
-            named_sync(kWrittenBarrier, kAll);
+            named_sync(kTurnsBarrier, kAll);
+            if (turn_ != 0) return false;
 #pragma unroll
             for (int turn = 1; turn < T::kSplit; ++turn) {
                 visit4(sums, [&](float4 sum, int i) { return sum + load_shared_float4(of_turn(turn) + i * 2048); });
             }
-            named_arrive(kReadBarrier, kAll);
         }
         return true;
     }
@@ -99,7 +97,7 @@ public:
     }
 
 private:
-    static constexpr int kWrittenBarrier = 1, kReadBarrier = 4;  // named ones, of all consumers
+    static constexpr int kTurnsBarrier = 1;
 
     // This group's buffers: of each consumer after the first, and of the other block.
     __device__ uint32_t of_turn(int turn) const { return buffer() + (turn - 1) * Layout::kTurnBytes; }
