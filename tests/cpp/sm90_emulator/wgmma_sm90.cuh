@@ -79,7 +79,8 @@ private:
                 for (int r = 0; r < 2; ++r) {
                     float sum = accumulate ? d[4 * j + 2 * r + h] : 0.f;
                     for (int k = 0; k < 16; ++k) sum += rows[r][k] * column[k];
-                    d[4 * j + 2 * r + h] = sum;
+                    // The worst NaN: what stands where no partial sum is yet.
+                    d[4 * j + 2 * r + h] = sum == sum ? sum : __uint_as_float(0xFFFFFFFF);
                 }
             }
         }
