@@ -6,6 +6,8 @@
 #pragma once
 
 #include "linear_sm90_epilogue.cuh"
+#include "linear_sm90_exchange.cuh"
+#include "linear_sm90_handover.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
@@ -49,7 +51,8 @@ __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
         wait_for_earlier_grids();
         Consumer<T, C, kGrouped> consumer(p, ring, warpgroup, warp % 4, lane);
         Exchange<T, C::kBits> exchange(ring, rank, warpgroup, thread % 128);
-        const Epilogue<T, C, kGrouped> epilogue(p, ring, worker, rank, warpgroup, thread % 128);
+        const Handover<T> handover(p, worker, rank, warpgroup, thread % 128);
+        const Epilogue<T, C, kGrouped> epilogue(p, ring, rank, warpgroup, thread % 128);
         PieceWalk walk(p.schedule, worker);
         bool first_piece = true;
         for (Piece piece; walk.next(piece); first_piece = false) {
@@ -59,9 +62,9 @@ __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
             if (!exchange.add_up_turns(sums, first_piece)) continue;
             auto& own = exchange.add_up_cluster(sums, half);
             if (piece.begin != 0) {
-                epilogue.publish(own);
+                handover.send(own);
             } else {
-                if (piece.end != p.schedule.steps) epilogue.collect(own, piece);
+                if (piece.end != p.schedule.steps) handover.collect(own, piece);
                 epilogue.store(own, terms);
             }
         }

@@ -1,4 +1,4 @@
-// From fp32 sums in registers to y: partial sums of other workers, scales, bias, store.
+// From fp32 sums in registers to y: scales, bias, store.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +8,6 @@
 
 #include "gate.cuh"
 #include "linear_sm90_consumer.cuh"
-#include "linear_sm90_exchange.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
@@ -35,8 +34,8 @@ public:
     using Layout = SharedLayout<T, kBits>;
     using OwnSums = float[T::kOwnPanels][T::kOwnSums];
 
-    __device__ Epilogue(const Problem& p, const Ring<T, kBits>& ring, int worker, int rank, int warpgroup, int thread)
-        : p_(p), worker_(worker), rank_(rank), group_(warpgroup / T::kSplit), thread_(thread) {
+    __device__ Epilogue(const Problem& p, const Ring<T, kBits>& ring, int rank, int warpgroup, int thread)
+        : p_(p), rank_(rank), group_(warpgroup / T::kSplit), thread_(thread) {
         staging_ = ring.base + Layout::kStagings + group_ * Layout::kStaging;
         token_scales_ = ring.base + Layout::kTokenScales + group_ * T::kOwnTokens * 2;
     }
@@ -68,28 +67,6 @@ public:
         }
         if (!kBFloat16 && kScalesAhead && p_.x_scales) terms.token_scale = token_scale(terms);
         return terms;
-    }
-
-    // For a piece whose tile an earlier worker owns. No flag says that the sums are there, they do so themselves: that
-    // spares their owner two trips to the L2 and the sender a fence.
-    __device__ void publish(OwnSums& sums) const {
-        float4* target = partial(worker_);
-        visit4(sums, [&](float4 sum, int i) {
-            store_relaxed_16(&target[i * 128], present(sum));
-            return sum;
-        });
-    }
-
-    // For a piece that has the first step of its tile but not the last: adds the later pieces, in the order of K, and
-    // leaves none behind.
-    __device__ void collect(OwnSums& sums, const Piece& piece) const {
-        const Schedule& s = p_.schedule;
-        int other = worker_;
-        for (int done = piece.end; done < s.steps;) {
-            ++other;
-            done += s.range_begin(other + 1) - s.range_begin(other);
-            take(sums, partial(other));
-        }
     }
 
     // y = sums * scale (+ bias), rounded once.
@@ -148,49 +125,6 @@ private:
         for (int panel = 0; panel < T::kOwnPanels; ++panel) {
             store_panel<Element, kTokenScales>(sums[panel], terms, panel, terms.channel + panel * 64, terms.token);
         }
-    }
-
-    __device__ int consumer_of(int worker) const { return (worker * T::kClusterK + rank_) * T::kGroups + group_; }
-    __device__ float4* partial(int worker) const {
-        // Fits 32 bits: the workspace does.
-        return reinterpret_cast<float4*>(p_.partials) +
-               (consumer_of(worker) * (T::kOwnPanels * T::kOwnSums / 4 * 128) + thread_);
-    }
-
-    static constexpr int kVectors = T::kOwnPanels * T::kOwnSums / 4;  // of a thread's sums
-    static constexpr int kVectorsAtOnce = kVectors < 16 ? kVectors : 8;
-    static_assert(kVectors % kVectorsAtOnce == 0, "parts of one size");
-
-    // sums += what is at `source`, as soon as it is there.
-    __device__ void take(OwnSums& sums, float4* source) const {
-#pragma unroll
-        for (int first = 0; first < kVectors; first += kVectorsAtOnce) {
-            float4 taken[kVectorsAtOnce];
-            bool all;
-            do {
-                all = true;
-#pragma unroll
-                for (int i = 0; i < kVectorsAtOnce; ++i) taken[i] = load_relaxed_16(&source[(first + i) * 128]);
-#pragma unroll
-                for (int i = 0; i < kVectorsAtOnce; ++i) all &= is_present(taken[i]);
-            } while (!all);
-#pragma unroll
-            for (int i = 0; i < kVectorsAtOnce; ++i) {
-                const float absent = __uint_as_float(kAbsentSum);
-                store_relaxed_16(&source[(first + i) * 128], make_float4(absent, absent, absent, absent));
-                float* s = &sums[(first + i) * 4 / T::kOwnSums][(first + i) * 4 % T::kOwnSums];
-                s[0] += taken[i].x, s[1] += taken[i].y, s[2] += taken[i].z, s[3] += taken[i].w;
-            }
-        }
-    }
-
-    __device__ static bool is_present(float4 v) {
-        return __float_as_uint(v.x) != kAbsentSum && __float_as_uint(v.y) != kAbsentSum &&
-               __float_as_uint(v.z) != kAbsentSum && __float_as_uint(v.w) != kAbsentSum;
-    }
-    __device__ static float4 present(float4 v) { return make_float4(present(v.x), present(v.y), present(v.z), present(v.w)); }
-    __device__ static float present(float sum) {
-        return __float_as_uint(sum) == kAbsentSum ? __uint_as_float(0x7FFFFFFF) : sum;
     }
 
     __device__ void sync() const { named_sync(kFirstGroupBarrier + group_, 128); }
@@ -310,7 +244,7 @@ private:
     }
 
     const Problem& p_;
-    int worker_, rank_, group_, thread_;
+    int rank_, group_, thread_;
     uint32_t staging_, token_scales_;
 };
 

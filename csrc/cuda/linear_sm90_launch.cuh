@@ -106,7 +106,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     const Tiling tiling = Tiling::of<T>(problem, device);
     if (split.workers == 0) split = tiling.cut();
     p.schedule = make_schedule(tiling.tiles_n, tiling.tiles_m, tiling.steps, split, kTokensTogether / T::kTokens);
-    const size_t consumers = static_cast<size_t>(p.schedule.workers) * T::kClusterK * T::kGroups;  // that publish
+    const size_t consumers = static_cast<size_t>(p.schedule.workers) * T::kClusterK * T::kGroups;  // that send
     if (consumers * T::kOwnPanels * T::kOwnSums * 128 * sizeof(float) > kWorkspaceSumBytes) {
         return cudaErrorInvalidConfiguration;
     }

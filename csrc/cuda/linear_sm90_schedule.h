@@ -7,7 +7,7 @@
 //   worker    |---- 0 ---|----- 1 ----|----- 2 ----|-- 3
 //
 // The worker that has a tile's first step owns the tile; the others contribute fp32 partial sums. A worker begins with
-// the piece that another worker owns, so that the partial sum is published long before its owner, who takes the piece
+// the piece that another worker owns, so that the partial sum is sent long before its owner, who takes the piece
 // that he owns last, asks for it. The sum runs in the order of K: deterministic.
 #pragma once
 
