@@ -2,7 +2,8 @@
 //
 // One persistent block an SM: a warp streams packed weights and a warp streams activations into a ring in shared
 // memory, warpgroups dequantize the weights in registers and multiply them with the activations by wgmma (weights are
-// A, so that few tokens waste nothing), and the epilogue adds partial sums, scales, rounds and stores.
+// A, so that few tokens waste nothing), workers that share a tile hand their sums over, and the epilogue scales, rounds
+// and stores.
 #pragma once
 
 #include "linear_sm90_epilogue.cuh"

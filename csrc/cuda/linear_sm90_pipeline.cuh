@@ -144,6 +144,21 @@ struct Start {
     }
 };
 
+// visit(the block's part of a piece, where its tile lies) for each piece of its worker, by a warp's first thread; ready()
+// by the whole warp, once the first piece is found.
+template <class T, class Ready, class Visit>
+__device__ inline void visit_pieces(const Schedule& schedule, int worker, int rank, int lane, Ready ready, Visit visit) {
+    PieceWalk walk(schedule, worker);
+    Piece piece{};
+    bool goes_on = walk.next(piece);
+    TileOrigin origin = tile_origin(schedule, piece.tile);
+    ready();
+    for (; goes_on && lane == 0; goes_on = walk.next(piece), origin = tile_origin(schedule, piece.tile)) {
+        visit(part_of<T::kClusterK>(piece, rank), origin);
+    }
+    __syncwarp();
+}
+
 // Packed weights as a tensor map has them: panels of rows of this length, as long as divides a 64 x 64 block of any width.
 template <int kBits>
 constexpr int kMapRowBytes = kBits % 2 == 0 ? 1024 : 512;
@@ -180,22 +195,18 @@ __device__ inline void copy_weights(const Problem& p, const CUtensorMap* map, co
     const uint64_t policy = policy_evict_first();
     int ahead = 72 * 1024 / Layout::kWeightStage, unused = Layout::kStages;  // stages
     typename Ring<T, kBits>::Slot slot;
-    PieceWalk walk(p.schedule, worker);
-    Piece piece{};
-    bool goes_on = walk.next(piece);
-    TileOrigin origin = tile_origin(p.schedule, piece.tile);
-    if constexpr (T::kMapsWeights) tensor_prefetch(map);
-    Start::wait_own();
-    for (; goes_on && lane == 0; goes_on = walk.next(piece), origin = tile_origin(p.schedule, piece.tile)) {
-        const Piece own = part_of<T::kClusterK>(piece, rank);
+    const auto ready = [&] {
+        if constexpr (T::kMapsWeights) tensor_prefetch(map);
+        Start::wait_own();
+    };
+    visit_pieces<T>(p.schedule, worker, rank, lane, ready, [&](const Piece& own, const TileOrigin& origin) {
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
             if (ahead-- == 0) wait_for_earlier_grids();
             if (unused-- <= 0) ring.wait_empty(slot);
             copy_stage<T, kBits>(p, map, ring.weights(slot.index), origin.n * T::kPanels, step * T::kBlocks,
                                  ring.full(slot.index), policy);
         }
-    }
-    __syncwarp();
+    });
 }
 
 // A warp; its first thread copies. The tensor map fills rows past m and columns past k with zeros, and counts their
@@ -206,14 +217,11 @@ __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_m
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_last();
     typename Ring<T, kBits>::Slot slot;
-    PieceWalk walk(p.schedule, worker);
-    Piece piece{};
-    bool goes_on = walk.next(piece);
-    TileOrigin origin = tile_origin(p.schedule, piece.tile);
-    tensor_prefetch(x_map);
-    wait_for_earlier_grids();
-    for (; goes_on && lane == 0; goes_on = walk.next(piece), origin = tile_origin(p.schedule, piece.tile)) {
-        const Piece own = part_of<T::kClusterK>(piece, rank);
+    const auto ready = [&] {
+        tensor_prefetch(x_map);
+        wait_for_earlier_grids();
+    };
+    visit_pieces<T>(p.schedule, worker, rank, lane, ready, [&](const Piece& own, const TileOrigin& origin) {
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
             ring.wait_empty(slot);
             barrier_arrive_expect(ring.full(slot.index), Layout::kActivationStage);
@@ -222,8 +230,7 @@ __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_m
                             (step * T::kBlocks + i) * 64, origin.m * T::kTokens, ring.full(slot.index), policy);
             }
         }
-    }
-    __syncwarp();
+    });
 }
 
 }  // namespace sm90

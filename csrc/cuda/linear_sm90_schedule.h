@@ -20,8 +20,8 @@ namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-// n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery): a division takes some 200 clocks, and
-// blocks begin and end with nothing else to do.
+// n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery): a division takes long where a block
+// begins and ends, with nothing else to do (docs/kernels.md, versions 34 and 35).
 struct Divisor {
     uint32_t divisor = 1, multiplier = 1;
     int shift = 0;

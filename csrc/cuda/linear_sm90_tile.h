@@ -26,9 +26,9 @@ struct Tile {
     static constexpr int kSums = kTokens / 2;                // fp32 sums of a thread for one panel
     static constexpr int kOwnTokens = kTokens / kClusterK;   // of a tile, that one block of the cluster stores
     static constexpr int kOwnSums = kSums / kClusterK;
-    // Whether a stage's weights are one copy, by a tensor map, instead of one a panel. Each copy takes its thread some 280
-    // clocks whatever its size, which those of 6 KB are not worth; but the memory delivers 1 to 2 % less to a tensor map
-    // than to long copies, and up to 32 tokens it is the limit.
+    // Whether a stage's weights are one copy, by a tensor map, instead of one a panel. A copy takes its thread as long
+    // whatever its size, so that short ones hold it up; but the memory delivers a little less to a tensor map than to
+    // long copies, and up to 32 tokens it is the limit (docs/kernels.md, version 38).
     static constexpr bool kMapsWeights = kTokens > 32 || (kTokens == 32 && kClusterK > 1);
 
     static_assert(kConsumers % kSplit == 0 && kPanels % kGroups == 0 && kBlocks % kSplit == 0, "even shares");
