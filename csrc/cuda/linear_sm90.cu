@@ -33,6 +33,10 @@ template <> constexpr bool kInstantiated<Format<2, 2>> = true;
 template <> constexpr bool kInstantiated<Format<2, 1>> = true;
 template <> constexpr bool kInstantiated<Format<4, 3>> = true;
 
+bool is_converted_in_front(const LinearProblem& problem, const Device& device) {
+    return problem.dtype == Dtype::kBFloat16 && bf16_way(problem, device) == BFloat16Way::kInFront;
+}
+
 }  // namespace
 }  // namespace sm90
 
@@ -45,14 +49,14 @@ bool linear_sm90_supports(const LinearProblem& problem) {
 }
 
 size_t linear_sm90_scratch_bytes(const LinearProblem& problem, const Device& device) {
-    if (problem.dtype == Dtype::kFloat16 || sm90::multiplies_in_bf16(problem, device)) return 0;
-    return sm90::f16_bytes(problem) + problem.m * sizeof(float);
+    return sm90::is_converted_in_front(problem, device) ? sm90::f16_bytes(problem) + problem.m * sizeof(float) : 0;
 }
 
 cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* workspace, void* scratch,
                         cudaStream_t stream) {
-    const bool in_bf16 = sm90::multiplies_in_bf16(problem, device);
-    if (problem.dtype == Dtype::kBFloat16 && !in_bf16) {
+    const bool in_front = sm90::is_converted_in_front(problem, device);
+    const bool in_bf16 = problem.dtype == Dtype::kBFloat16 && !in_front;
+    if (in_front) {
         const cudaError_t status = sm90::convert_activations(problem, scratch, stream);
         if (status != cudaSuccess) return status;
     }

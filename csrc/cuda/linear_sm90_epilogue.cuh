@@ -30,8 +30,9 @@ template <class T, class C, bool kGrouped>
 class Epilogue {
 public:
     static constexpr int kBits = C::kBits;
-    static constexpr bool kBFloat16 = std::is_same_v<typename C::Operand, BFloat16>;  // operands, and so y
     using Layout = SharedLayout<T, kBits>;
+    // Whether y is bf16, and no scale of a token is left to be multiplied with.
+    static constexpr bool kBFloat16 = std::is_same_v<typename C::Operand, BFloat16> || Layout::kConverts;
     using OwnSums = float[T::kOwnPanels][T::kOwnSums];
 
     __device__ Epilogue(const Problem& p, const Ring<T, kBits>& ring, int rank, int warpgroup, int thread)

@@ -1,16 +1,10 @@
-// bf16 activations as fp16 for linear_sm90, whose weights take a third fewer instructions to become fp16 than bf16.
-//
-// A token's row is multiplied by the power of two that takes its largest magnitude to [2^15, 2^16); the epilogue multiplies
-// the token's sums by the inverse. Elements of at least 2^-32 of the row's largest stay exact, smaller ones are off by at
-// most 2^-40 of it. Rows in which all are below 2^-110 are multiplied by 2^126, and exact too. An infinity or NaN stays
-// one, and spoils its own row only.
+// bf16 activations as fp16 for linear_sm90, by a kernel in front of it: each token's row is scaled as a whole.
 #pragma once
 
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "linear.h"
-#include "ptx_sm90.cuh"
+#include "linear_sm90_token_scale.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
@@ -23,9 +17,11 @@ struct Rows {
     uint16_t* f16;      // [m, 8 * vectors], 16-byte aligned; zeros past k
     float* scales;      // [m], x = f16 * scale
     int vectors;        // of 8 elements: ceil(k / 8)
+    int blocks;         // that share out a row: a cluster
 };
 
-constexpr int kRowThreads = 512;  // at most
+constexpr int kRowThreads = 512;  // of a block, at most
+constexpr int kRowBlocks = 8;     // at most
 constexpr int kKept = 8;          // vectors of a thread that stay in registers: rows of up to 32768 are read once
 
 // kWhole: every vector is aligned and within k.
@@ -42,48 +38,35 @@ __device__ inline uint4 load_vector(const Rows& p, const uint16_t* row, int inde
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The largest magnitude of a vector and `largest`: bf16 without its sign, in the upper 15 bits.
-__device__ inline uint32_t largest_of(uint4 v, uint32_t largest) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (const uint32_t word : words) {
-        largest = larger(largest, word << 1);
-        largest = larger(largest, word << 17);
-    }
-    return largest;
-}
-
-__device__ inline uint32_t to_f16(uint32_t pair, float factor) {
-    const __half2 converted =
-        __floats2half2_rn(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xFFFF0000u) * factor);
-    return reinterpret_cast<const uint32_t&>(converted);
-}
-
 __device__ inline void store_vector(const Rows& p, int64_t row, int index, uint4 v, float factor) {
-    *reinterpret_cast<uint4*>(p.f16 + 8 * (row * p.vectors + index)) =
-        make_uint4(to_f16(v.x, factor), to_f16(v.y, factor), to_f16(v.z, factor), to_f16(v.w, factor));
+    *reinterpret_cast<uint4*>(p.f16 + 8 * (row * p.vectors + index)) = to_f16(v, factor);
 }
 
-// The largest value of any thread of the block.
-__device__ inline uint32_t block_largest(uint32_t value, uint32_t buffer) {
-    const int warps = blockDim.x / 32;
+// The largest value of any thread of the row's blocks; of them all, 32 warps at most.
+__device__ inline uint32_t row_largest(const Rows& p, uint32_t value, uint32_t buffer) {
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     value = warp_largest(value);
-    if (threadIdx.x % 32 == 0) store_shared_4(buffer + threadIdx.x / 32 * 4, value);
-    __syncthreads();
-    const int lane = threadIdx.x % 32;
-    return warp_largest(lane < warps ? load_shared_4(buffer + lane * 4) : 0);
+    if (p.blocks == 1) {
+        if (lane == 0) store_shared_4(buffer + warp * 4, value);
+        __syncthreads();
+    } else {
+        cluster_sync();  // all blocks are there
+        const uint32_t target = buffer + (blockIdx.x % p.blocks * warps + warp) * 4;
+        if (lane < p.blocks) store_cluster_4(map_to_rank(target, lane), value);
+        cluster_sync_writes();
+    }
+    return warp_largest(lane < warps * p.blocks ? load_shared_4(buffer + lane * 4) : 0);
 }
 
-// One block a row.
 template <bool kWhole>
-__global__ void __launch_bounds__(kRowThreads) linear_sm90_from_bf16_kernel(const __grid_constant__ Rows p) {
+__global__ void __launch_bounds__(kRowThreads, 2) linear_sm90_from_bf16_kernel(const __grid_constant__ Rows p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t shared[];
     launch_later_grids();
     // NOTE: in every block, also for what it writes: the kernel before may still read its own activations there.
     wait_for_earlier_grids();
-    const int64_t row = blockIdx.x;
-    const int first = threadIdx.x, step = blockDim.x;
+    const int64_t row = blockIdx.x / p.blocks;
+    const int first = blockIdx.x % p.blocks * blockDim.x + threadIdx.x, step = p.blocks * blockDim.x;
     const auto load = [&](int index) { return load_vector<kWhole>(p, p.x + row * p.stride, index); };
 
     uint4 kept[kKept];
@@ -97,16 +80,15 @@ __global__ void __launch_bounds__(kRowThreads) linear_sm90_from_bf16_kernel(cons
     for (int i = 0; i < kKept; ++i) largest = largest_of(kept[i], largest);
     for (int i = first + kKept * step; i < p.vectors; i += step) largest = largest_of(load(i), largest);
 
-    // NOTE: exponents as fp32 has them, biased by 127; the factor's is at most 253, so that its inverse is normal.
-    const uint32_t exponent = larger(block_largest(largest, shared_address(shared)) >> 24, 16);
-    const float factor = __uint_as_float((127 + 142 - exponent) << 23);
-    if (first == 0) p.scales[row] = __uint_as_float((exponent + 127 - 142) << 23);
+    TokenScale scale;
+    scale.set(row_largest(p, larger_half(largest), shared_address(shared)), 0);
+    if (first == 0) p.scales[row] = scale.inverse();
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
         const int index = first + i * step;
-        if (index < p.vectors) store_vector(p, row, index, kept[i], factor);
+        if (index < p.vectors) store_vector(p, row, index, kept[i], scale.factor);
     }
-    for (int i = first + kKept * step; i < p.vectors; i += step) store_vector(p, row, i, load(i), factor);
+    for (int i = first + kKept * step; i < p.vectors; i += step) store_vector(p, row, i, load(i), scale.factor);
 #endif
 }
 
@@ -127,18 +109,26 @@ inline cudaError_t convert_activations(LinearProblem& problem, void* scratch, cu
     p.vectors = (problem.k + 7) / 8;
 
     const bool whole = has_aligned_rows(problem);
-    constexpr int kPerThread = 4;  // vectors, where the block is not full
+    constexpr int kPerThread = 4;  // vectors, where there are enough threads
     const int warps = (p.vectors + 32 * kPerThread - 1) / (32 * kPerThread);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    // Few rows are waited for: several blocks take a part of each, 4 warps long. Many fill the GPU as they are.
+    constexpr int kFewRows = 128, kPartWarps = 4;
+    const int parts = (warps + kPartWarps - 1) / kPartWarps;
+    p.blocks = problem.m > kFewRows ? 1 : parts < kRowBlocks ? parts : kRowBlocks;
+    const int most = p.blocks > 1 ? kPartWarps : kRowThreads / 32;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = p.blocks;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(problem.m);
-    config.blockDim = dim3(32 * (warps < kRowThreads / 32 ? warps : kRowThreads / 32));
-    config.dynamicSmemBytes = kRowThreads / 32 * sizeof(uint32_t);
+    config.gridDim = dim3(problem.m * p.blocks);
+    config.blockDim = dim3(32 * (warps < most ? warps : most));
+    config.dynamicSmemBytes = 32 * sizeof(uint32_t);
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = p.blocks > 1 ? 2 : 1;
     problem.x = p.f16;
     problem.x_scales = p.scales;
     problem.k = 8 * p.vectors;

@@ -50,10 +50,11 @@ struct Tiling {
 
 // Whether weights in any tile become operands faster than the memory delivers them, by a margin: an H100's carries 25 GB/s
 // an SM, an H200's 37, for the same SMs. Activations that are read more often then cost nothing, adding up still does,
-// and bf16 needs no conversion.
+// and bf16 needs no conversion: bf16_way.
 inline bool memory_is_slow(const Device& device) { return device.bytes_per_second < 31e9 * device.sms; }
 
-inline bool is_large(const LinearProblem& p) { return static_cast<int64_t>(p.n) * p.k >= 1 << 27; }
+inline bool has_weights(const LinearProblem& p, int least) { return static_cast<int64_t>(p.n) * p.k >= least; }
+inline bool is_large(const LinearProblem& p) { return has_weights(p, 1 << 27); }
 
 // Up to 32 tokens, where memory_is_slow: the tiles that add up least. On an H100:
 //
@@ -76,7 +77,8 @@ inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
 // 28672):
 //
 //   tokens  condition                         tile      reason
-//   <= 8    more tiles of 2 panels than SMs   wide      half the activations' traffic: gate_up 82.6 (narrow 85.3)
+//   <= 8    >= 2^25 weights                   wide      half the activations' traffic: gate_up 82.6 (narrow 85.3), qkv
+//                                                       16.1 (16.4), o 13.3 (13.6); 8B's qkv 7.4 (6.9)
 //           a short K, fewer tiles than SMs   whole     8B's qkv and o, in a decode step: 2.0 and 1.0 less than cut
 //   <= 16   the same, or tiles of 1 panel     wide      gate_up 83.5 (87.1), qkv 18.5 (18.8); o 16.0 (15.1): adding up
 //           would be cut as well                        tiles that are cut costs more than the traffic
@@ -98,7 +100,7 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     };
     const bool large = is_large(p);
     if (p.m <= 8) {
-        if (fill(Tile8Wide(), 4)) return plan<Tile8Wide>();
+        if (has_weights(p, 1 << 25)) return plan<Tile8Wide>();
         return plan<Tile8>(Tiling::of<Tile8>(p, device).whole_if_cutting_saves(10));
     }
     if (p.m <= 16) {
@@ -183,14 +185,28 @@ inline Plan choose_plan(const LinearProblem& p, const Device& device) {
     return adds_up_little ? plan_for_slow_memory(p, device) : plan_for_few_tokens(p, device);
 }
 
-// Whether bf16 activations are multiplied as they are, with the plan of fp16; else they become fp16 first. On an H100 a
-// product in bf16 takes 0.3 to 1.6 us more than in fp16, the conversion 1.2 to 5.4 (qkv, o, gate_up and down, 1 to 64
-// tokens). From 65 to 128 the tensor cores' work is to hide how weights become operands, whatever the memory; with more
-// tokens the conversion stays.
-inline bool multiplies_in_bf16(const LinearProblem& p, const Device& device) {
+// What becomes of activations in bf16.
+enum class BFloat16Way {
+    kAsTheyAre,  // weights become bf16, which takes a third more instructions
+    kInRing,     // activations become fp16 in the ring: Converting
+    kInFront     // by a kernel before: linear_sm90_from_bf16.cuh
+};
+
+// Over fp16, on an H200, o, qkv, gate_up and down in microseconds (docs/kernels.md, versions 32, 42 and 43):
+//
+//   tokens     condition          way           reason
+//   <= 8       the memory is      in the ring   +0.3 +0.3 +0.8 +0.7 at 8 (in front +1.7 +1.7 +1.3 +3.7, as they are
+//              fast                             +1.3 +1.3 +0.8 +0.8); at 16 the conversion takes as long as the memory
+//   <= 64      it is slow         as they are   hidden: +0.3 to 1.6, on an H100, where in front takes +1.2 to 5.4
+//   65..128    slow, or > 96      as they are   the tensor cores hide most of it; up to 96 tokens they have a quarter
+//                                               less to do, and gate_up takes 145 at 96 tokens, 133 with a kernel in front
+//   else, groups of scales, rows  in front
+//   that no tensor map describes
+inline BFloat16Way bf16_way(const LinearProblem& p, const Device& device) {
     const bool has_map = has_aligned_rows(p) && (p.x_stride >= p.k || p.m == 1);
-    return p.dtype == Dtype::kBFloat16 && p.groups == 1 && has_map &&
-           (p.m <= 64 ? memory_is_slow(device) : p.m <= 128);
+    if (p.groups != 1 || !has_map || p.m > 128) return BFloat16Way::kInFront;
+    if (memory_is_slow(device) || p.m > 96) return BFloat16Way::kAsTheyAre;
+    return p.m <= 8 ? BFloat16Way::kInRing : BFloat16Way::kInFront;
 }
 
 }  // namespace sm90

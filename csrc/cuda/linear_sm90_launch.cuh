@@ -141,17 +141,22 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
     return UngroupedTiles::with(plan.tile, [&](auto tile) { return run(tile, std::false_type()); });
 }
 
-// Activations in bf16, of problems that multiplies_in_bf16.
+// Activations in bf16, that stay so or become fp16 in the ring.
 template <class Fmt>
 cudaError_t launch_bf16(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
     const Plan plan = choose_plan(problem, device);
+    const bool in_ring = bf16_way(problem, device) == BFloat16Way::kInRing;
     return UngroupedTiles::with(plan.tile, [&](auto tile) {
         using T = decltype(tile);
-        if constexpr (BFloat16Tiles::contains<T>()) {
-            return launch_tile<T, Codes<Fmt, BFloat16>, false>(problem, device, workspace, stream, plan.split);
-        } else {
-            return cudaErrorInvalidConfiguration;
+        if constexpr (ConvertingTiles::contains<T>()) {
+            using C = Codes<Fmt, Half>;
+            if (in_ring) return launch_tile<Converting<T>, C, false>(problem, device, workspace, stream, plan.split);
         }
+        if constexpr (BFloat16Tiles::contains<T>()) {
+            using C = Codes<Fmt, BFloat16>;
+            if (!in_ring) return launch_tile<T, C, false>(problem, device, workspace, stream, plan.split);
+        }
+        return cudaErrorInvalidConfiguration;
     });
 }
 

@@ -1,5 +1,5 @@
-// Every problem on every GPU has a tile and a split that the kernel and its workspace can take; and bf16 that stays bf16
-// takes each tile that is compiled for it.
+// Every problem on every GPU has a tile and a split that the kernel and its workspace can take; and bf16 that stays bf16,
+// or becomes fp16 in the ring, takes each tile that is compiled for it.
 #include <cstdio>
 #include <cstdlib>
 
@@ -21,15 +21,19 @@ static void check_split(const LinearProblem& p, const Device& device, const Tili
     if (s.whole < 0 || s.range_begin(split.workers) != shared) fail("ranges that do not end with the tiles");
 }
 
-// By the tile's number, whether bf16 that stays bf16 takes it where the memory is fast, and where it is slow.
-static bool taken[64][2];
+// By the tile's number, whether bf16 that stays bf16 takes it where the memory is fast, and where it is slow; and whether
+// bf16 that becomes fp16 in the ring does.
+static bool taken[64][2], taken_in_ring[64];
 
 static void check_plan(const LinearProblem& p, const Device& device, const Plan& plan) {
     UngroupedTiles::with(plan.tile, [&](auto tile) {
         using T = decltype(tile);
         const Tiling tiling = Tiling::of<T>(p, device);
-        const bool in_bf16 = multiplies_in_bf16(p, device), compiled = !in_bf16 || BFloat16Tiles::contains<T>();
+        const BFloat16Way way = bf16_way(p, device);
+        const bool in_bf16 = way == BFloat16Way::kAsTheyAre, in_ring = way == BFloat16Way::kInRing;
+        const bool compiled = (!in_bf16 || BFloat16Tiles::contains<T>()) && (!in_ring || ConvertingTiles::contains<T>());
         taken[plan.tile][memory_is_slow(device)] |= in_bf16;
+        taken_in_ring[plan.tile] |= in_ring;
         if (!compiled || ((p.m <= 64 || in_bf16) && tiling.tiles_m != 1)) {
             std::printf("m %d: tiles of %d tokens%s\n", p.m, T::kTokens, compiled ? "" : ", not compiled for bf16");
             std::exit(1);
@@ -38,16 +42,23 @@ static void check_plan(const LinearProblem& p, const Device& device, const Plan&
     });
 }
 
-// Tiles of more than 64 tokens are for every memory, the others for slow ones.
+// Tiles of 128 tokens are for every memory, the others for slow ones.
 template <class... T>
 static void check_taken(TileList<T...>) {
     const auto check = [](int number, int tokens) {
         const bool fast = taken[number][false], slow = taken[number][true];
-        if (slow && fast == (tokens > 64)) return;
+        if (slow && fast == (tokens == 128)) return;
         std::printf("tile %d of %d tokens: bf16 takes it with fast memory: %d, with slow: %d\n", number, tokens, fast, slow);
         std::exit(1);
     };
     (check(UngroupedTiles::number<T>(), T::kTokens), ...);
+}
+
+template <class... T>
+static void check_taken_in_ring(TileList<T...>) {
+    if ((taken_in_ring[UngroupedTiles::number<T>()] && ...)) return;
+    std::printf("a tile that converts is not taken\n");
+    std::exit(1);
 }
 
 int main() {
@@ -67,5 +78,6 @@ int main() {
         }
     }
     check_taken(BFloat16Tiles());
+    check_taken_in_ring(ConvertingTiles());
     std::printf("right\n");
 }

@@ -1,6 +1,6 @@
 // Compares linear_sm90, launcher and kernels, with a product in double precision: random codes, activations, scales, bias.
 // Activations in bf16 have rows of very different magnitudes, and gaps between the rows. They are multiplied as they are
-// where the GPU, whose memory is slow, is to do so, and become fp16 first elsewhere. Each problem with an even n runs
+// where the GPU, whose memory is slow, is to do so, and become fp16 first elsewhere; or in the ring. Each problem with an even n runs
 // once more with a gate, which must make of y what double precision makes of the same y.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <iterator>
 
 #include "emulator.h"
 
@@ -80,7 +81,7 @@ extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, con
     if (convert == &sm90::linear_sm90_from_bf16_kernel<true> || convert == &sm90::linear_sm90_from_bf16_kernel<false>) {
         const auto& rows = *static_cast<const sm90::Rows*>(arguments[0]);
         emulator::kernel_body = [=] { convert(rows); };
-        return emulator::launch(config->gridDim.x, config->blockDim.x, 1) ? cudaSuccess : cudaErrorLaunchTimeout;
+        return emulator::launch(config->gridDim.x, config->blockDim.x, cluster) ? cudaSuccess : cudaErrorLaunchTimeout;
     }
     using Kernel = void (*)(const CUtensorMap, const sm90::Problem, const CUtensorMap);
     const auto kernel = reinterpret_cast<Kernel>(const_cast<void*>(function));
@@ -137,14 +138,16 @@ template <class T>
 constexpr auto kLaunch = &sm90::launch_tile<T, sm90::Codes<Fmt, Half>, false>;
 
 // Tiles that the heuristics take for weights too many to emulate.
-constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {
+constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {  // the last two: of activations in bf16
     kLaunch<sm90::Tile32Wide>,    kLaunch<sm90::Tile64>,          kLaunch<sm90::Tile8Wide>,
     kLaunch<sm90::Tile16Wide>,    kLaunch<sm90::Tile32>,          kLaunch<sm90::Tile32Cut>,
     kLaunch<sm90::Tile64WideCut>, kLaunch<sm90::Tile128>,         kLaunch<sm90::Tile128Narrow>,
     kLaunch<sm90::Tile128Cut>,    kLaunch<sm90::Tile48>,          kLaunch<sm90::Tile48Cut>,
     kLaunch<sm90::Tile48WideCut>, kLaunch<sm90::Tile96>,          kLaunch<sm90::Tile96Narrow>,
-    kLaunch<sm90::Tile96Cut>,     kLaunch<sm90::Tile64Cut>,     kLaunch<sm90::Tile16Cut>,
+    kLaunch<sm90::Tile96Cut>,     kLaunch<sm90::Tile64Cut>,       kLaunch<sm90::Tile16Cut>,
+    kLaunch<sm90::Converting<sm90::Tile8Wide>>, kLaunch<sm90::Converting<sm90::Tile8>>,
 };
+constexpr int kConvertingTiles = 2;
 
 // What x's row i is scaled with.
 static float magnitude_of_row(int i) {
@@ -173,6 +176,9 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
     for (int i = 0; i < m; ++i) {
         for (int j = 0; j < k; ++j) x[size_t(i) * stride + j] = Element(normal(random) * magnitude_of_row(i));
         if (!kHalf && i % 6 == 5) x[size_t(i) * stride + random() % k] = Element(1e4f);
+        for (int j = k / 2; !kHalf && i % 6 == 0 && j < k; ++j) {  // larger than what comes before
+            x[size_t(i) * stride + j] = Element(static_cast<float>(x[size_t(i) * stride + j]) * 1e3f);
+        }
     }
     const int spoiled = m > 2 ? 1 : m;  // this token is to be NaN, all others not
     if (spoiled < m) x[size_t(spoiled) * stride + random() % k] = Element(NAN);
@@ -206,13 +212,14 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
         }
     }
     std::vector<uint8_t> scratch(sm90::f16_bytes(p) + m * sizeof(float));
-    const bool in_bf16 = tile == 0 && sm90::multiplies_in_bf16(p, device);
-    if (!kHalf && !in_bf16 && sm90::convert_activations(p, scratch.data(), nullptr) != cudaSuccess) {
+    const bool in_ring = tile > int(std::size(kTiles)) - kConvertingTiles;
+    const bool in_bf16 = !kHalf && tile == 0 && sm90::bf16_way(p, device) == sm90::BFloat16Way::kAsTheyAre;
+    if (!kHalf && !in_bf16 && !in_ring && sm90::convert_activations(p, scratch.data(), nullptr) != cudaSuccess) {
         std::printf("m %d n %d k %d: conversion failed\n", m, n, k);
         return false;
     }
-    // Of rounding y; and, where nothing scales x, of sums below fp32's normal numbers, times weights' 2^20 and a scale.
-    const double step = kHalf ? 0x1p-11 : 0x1p-8, below_normal = in_bf16 ? k * 0x1p-129 * 1.5 : 0;
+    // Of rounding y; and, where nothing scales sums, of those below fp32's normal numbers, times weights' 2^20 and a scale.
+    const double step = kHalf ? 0x1p-11 : 0x1p-8, below_normal = in_bf16 || in_ring ? k * 0x1p-129 * 1.5 : 0;
     const double smallest = (kHalf ? 0x1p-24 : 0x1p-133) + below_normal;
     const auto launch = [&] {
         if (in_bf16) return sm90::launch_bf16<Fmt>(p, device, workspace.data(), nullptr);
@@ -235,8 +242,8 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
                                    ? std::fabs(got - expected[i]) <= std::fabs(expected[i]) * step * 1.01 + magnitude[i] * 0x1p-20 + smallest
                                    : got == static_cast<float>(Element(kPoison));
             if (right) continue;
-            std::printf("m %d n %d k %d group %d bias %d sms %d launch %d: y[%zu] = %g, expected %g\n", m, n, k, group_size,
-                        bias, sms, turn, i, got, i < expected.size() ? expected[i] : kPoison);
+            std::printf("m %d n %d k %d group %d bias %d sms %d tile %d launch %d: y[%zu] = %g, expected %g\n", m, n, k, group_size,
+                        bias, sms, tile, turn, i, got, i < expected.size() ? expected[i] : kPoison);
             return false;
         }
     }
