@@ -175,6 +175,24 @@ def test_bf16_tokens_of_any_magnitude(kernel, powers, exponent, generator):
                 expected.check(weight.linear(x[:m], terms), f"1e{powers}: {m} x {n} x {k}", m)
 
 
+@pytest.mark.parametrize("n, k", [(200, 4096), (136, 1000), (8192, 4104), (6000, 8192)])
+def test_bf16_tokens_that_grow_and_shrink_along_k(n, k, generator):
+    weight = RandomWeight(E3M2, n, k, 0, generator)
+    x = random_x(16, k, torch.float64, generator)
+    along = torch.linspace(0, 1, k, device="cuda", dtype=torch.float64)
+    x[0] *= 10 ** (6 * along)
+    x[1] *= 10 ** (-6 * along)
+    x[2] *= 10 ** (8 * (along - 0.5).abs())
+    x[3, : k // 2] = 0
+    x[4] *= torch.where(along.mul(40).long() % 9 == 5, 1e4, 1)  # outliers here and there
+    x[5] = 0
+    x[6, k - 1] = 3e7
+    x = x.bfloat16()
+    expected = Expected(x, weight)
+    for m in (1, 3, 7, 8, 16):
+        expected.check(weight.linear(x[:m]), f"{m} x {n} x {k}", m)
+
+
 def test_bf16_infinities_and_nans_spoil_their_own_tokens_only(kernel, generator):
     weight = RandomWeight(E3M2, 264, 1032, 0, generator)
     x = random_x(140, 1032, torch.bfloat16, generator)

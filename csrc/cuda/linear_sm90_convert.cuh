@@ -2,7 +2,7 @@
 //
 // A token is scaled as its first stage needs it, with room for eight times as much. A later stage that exceeds it changes
 // the scale: consumers then multiply the token's sums by the ratio before they go on. At the end of a piece they multiply
-// them by the inverse of its last scale.
+// them by the inverse of its last scale, so that pieces can be added up.
 #pragma once
 
 #include "linear_sm90_pipeline.cuh"
@@ -11,6 +11,9 @@
 namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
+
+// By how much less sums are at the end of a piece, so that those of the largest activations do not overflow.
+constexpr float kSumRoom = 256;
 
 // A token's scale while a warp converts one stage of it after the other.
 struct RunningScale {
@@ -73,7 +76,8 @@ __device__ inline void convert_stages(const Problem& p, const Ring<T, kBits>& ri
                 const int token = (first_token + i * kStride) * 4;  // NOTE: also where another warp's tokens change
                 if (inside == 0) store_shared_4(ring.ratios(slot.index) + token, __float_as_uint(ratio[i]));
                 if (inside == 0 && step == own.end - 1) {
-                    store_shared_4(ring.inverses(slot.index) + token, __float_as_uint(running[i].scale.inverse()));
+                    const float inverse = running[i].scale.inverse() / kSumRoom;
+                    store_shared_4(ring.inverses(slot.index) + token, __float_as_uint(inverse));
                 }
             }
             async_proxy_fence();

@@ -8,6 +8,7 @@
 
 #include "gate.cuh"
 #include "linear_sm90_consumer.cuh"
+#include "linear_sm90_convert.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
@@ -156,7 +157,8 @@ private:
     template <class Element, bool kTokenScales>
     __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel, int channel,
                                 int token) const {
-        const float scale[2] = {C::kValue * terms.scale[panel][0], C::kValue * terms.scale[panel][1]};
+        constexpr float kValue = C::kValue * (Layout::kConverts ? kSumRoom : 1);
+        const float scale[2] = {kValue * terms.scale[panel][0], kValue * terms.scale[panel][1]};
         const float bias[2] = {bias_value<Element>(terms.bias[panel][0]), bias_value<Element>(terms.bias[panel][1])};
         const int warp = thread_ / 32, lane = thread_ % 32;
 #pragma unroll

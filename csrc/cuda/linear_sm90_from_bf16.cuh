@@ -22,7 +22,9 @@ struct Rows {
 
 constexpr int kRowThreads = 512;  // of a block, at most
 constexpr int kRowBlocks = 8;     // at most
-constexpr int kKept = 8;          // vectors of a thread that stay in registers: rows of up to 32768 are read once
+// Vectors of a thread that stay in registers: aligned rows of up to 32768 are read once.
+template <bool kWhole>
+constexpr int kKeptVectors = kWhole ? 8 : 6;
 
 // kWhole: every vector is aligned and within k.
 template <bool kWhole>
@@ -69,6 +71,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) linear_sm90_from_bf16_kernel(c
     const int first = blockIdx.x % p.blocks * blockDim.x + threadIdx.x, step = p.blocks * blockDim.x;
     const auto load = [&](int index) { return load_vector<kWhole>(p, p.x + row * p.stride, index); };
 
+    constexpr int kKept = kKeptVectors<kWhole>;
     uint4 kept[kKept];
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
