@@ -114,8 +114,9 @@ inline cudaError_t convert_activations(LinearProblem& problem, void* scratch, cu
     const bool whole = has_aligned_rows(problem);
     constexpr int kPerThread = 4;  // vectors, where there are enough threads
     const int warps = (p.vectors + 32 * kPerThread - 1) / (32 * kPerThread);
-    // Few rows are waited for: several blocks take a part of each, 4 warps long. Many fill the GPU as they are.
-    constexpr int kFewRows = 128, kPartWarps = 4;
+    // Few rows are waited for: where they are long, several blocks take a part of each, 8 warps wide. Many fill the GPU
+    // as they are.
+    constexpr int kFewRows = 128, kPartWarps = 8;
     const int parts = (warps + kPartWarps - 1) / kPartWarps;
     p.blocks = problem.m > kFewRows ? 1 : parts < kRowBlocks ? parts : kRowBlocks;
     const int most = p.blocks > 1 ? kPartWarps : kRowThreads / 32;

@@ -80,8 +80,7 @@ inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
 //   <= 8    >= 2^25 weights                   wide      half the activations' traffic: gate_up 82.6 (narrow 85.3), qkv
 //                                                       16.1 (16.4), o 13.3 (13.6); 8B's qkv 7.4 (6.9)
 //           a short K, fewer tiles than SMs   whole     8B's qkv and o, in a decode step: 2.0 and 1.0 less than cut
-//   <= 16   the same, or tiles of 1 panel     wide      gate_up 83.5 (87.1), qkv 18.5 (18.8); o 16.0 (15.1): adding up
-//           would be cut as well                        tiles that are cut costs more than the traffic
+//   <= 16   tiles of 2 panels for all SMs     wide      gate_up 82.0 (83.0); qkv 16.9 (16.9), down 42.0 (41.4)
 //           small, one round of pairs         cut       8B's down, in a decode step: 0.9 less
 //   <= 32   tiles of 4 panels for all SMs     wide      gate_up 89.3 (two panels 92.0); 8B's 2.6 more
 //           small, no more than one round     cut       pairs of blocks add up through shared memory: o 15.8 (16.8);
@@ -106,8 +105,7 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     if (p.m <= 16) {
         if (fill(Tile16Wide(), 4)) return plan<Tile16Wide>();
         if (!large && Tiling::of<Tile16Cut>(p, device).one_round()) return plan<Tile16Cut>();
-        const bool wide = fill(Tile16Wide(), 2) && !Tiling::of<Tile16>(p, device).even();
-        return wide ? plan<Tile16Wide>() : plan<Tile16>();
+        return plan<Tile16>();
     }
     if (p.m <= 32) {
         if (fill(Tile32Wide(), 4)) return plan<Tile32Wide>();
