@@ -83,9 +83,10 @@ inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
 //   <= 16   tiles of 2 panels for all SMs     wide      gate_up 82.0 (83.0); qkv 16.9 (16.9), down 42.0 (41.4)
 //           small, one round of pairs         cut       8B's down, in a decode step: 0.9 less
 //   <= 32   tiles of 4 panels for all SMs     wide      gate_up 89.3 (two panels 92.0); 8B's 2.6 more
-//           small, no more than one round     cut       pairs of blocks add up through shared memory: o 15.8 (16.8);
-//           of pairs                                    in a decode step 8B's down 1.9 less; whole, as above, its qkv
-//                                                       and o 2.3 less
+//           no more than two rounds of pairs  cut       pairs of blocks add up through shared memory: o 14.2 (15.1), qkv
+//                                                       18.1 (18.2), down 42.3 (43.2), 8B's gate_up 25.1 (23.7); in a
+//                                                       decode step 8B's down 1.9 less; whole, as above, its qkv and o
+//                                                       2.3 less
 //           any                               two panels
 //   <= 48   tiles of 4 panels for most SMs    wide      gate_up 96.7 (tiles of 64 tokens 105.0)
 //           >= 2^27 weights                   wide cut  down 50.0 (64 tokens 54.6)
@@ -110,7 +111,7 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     if (p.m <= 32) {
         if (fill(Tile32Wide(), 4)) return plan<Tile32Wide>();
         const Tiling pairs = Tiling::of<Tile32Cut>(p, device);
-        if (large || pairs.tiles() > pairs.most_workers) return plan<Tile32>();
+        if (pairs.tiles() > 2 * pairs.most_workers) return plan<Tile32>();
         return plan<Tile32Cut>(pairs.whole_if_cutting_saves(16));
     }
     if (p.m <= 48) {
