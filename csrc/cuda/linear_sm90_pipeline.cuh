@@ -203,15 +203,15 @@ __device__ inline void copy_stage(const Problem& p, const CUtensorMap* map, uint
 }
 
 // A warp; its first thread copies. Weights do not depend on the kernel before: this runs ahead of it, but not by the
-// whole ring, which would be a queue in the memory for that kernel's own loads (docs/kernels.md, version 21), and by
-// less where consumers never catch up with what they begin late, behind the weights (44).
+// whole ring, which would be a queue in the memory for that kernel's own loads (docs/kernels.md, version 21); by less where
+// that kernel is a conversion, which has nothing else to do, or consumers never catch up with what they begin late (44).
 template <class Start, class T, int kBits>
 __device__ inline void copy_weights(const Problem& p, const CUtensorMap* map, const Ring<T, kBits>& ring, int worker,
                                     int rank, int lane) {
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_first();
-    constexpr int kAheadBytes = (T::kTokens > 32 && T::kPanels == 2 ? 24 : 72) * 1024;
-    int ahead = kAheadBytes / Layout::kWeightStage, unused = Layout::kStages;  // stages
+    const int ahead_bytes = (T::kTokens > 32 && T::kPanels == 2 ? 24 : p.x_scales ? 48 : 72) * 1024;
+    int ahead = ahead_bytes / Layout::kWeightStage, unused = Layout::kStages;  // stages
     typename Ring<T, kBits>::Slot slot;
     const auto ready = [&] {
         if constexpr (T::kMapsWeights) tensor_prefetch(map);
