@@ -21,7 +21,9 @@ struct Rows {
 };
 
 constexpr int kRowThreads = 512;  // of a block, at most
-constexpr int kRowBlocks = 8;     // at most
+constexpr int kRowBlocks = 4;     // at most
+constexpr int kPartWarps = 8;     // of a block, where several share a row
+static_assert(kRowThreads <= 1024 && kRowBlocks * kPartWarps <= 32, "row_largest");
 // Vectors of a thread that stay in registers: aligned rows of up to 32768 are read once.
 template <bool kWhole>
 constexpr int kKeptVectors = kWhole ? 8 : 6;
@@ -44,7 +46,7 @@ __device__ inline void store_vector(const Rows& p, int64_t row, int index, uint4
     *reinterpret_cast<uint4*>(p.f16 + 8 * (row * p.vectors + index)) = to_f16(v, factor);
 }
 
-// The largest value of any thread of the row's blocks; of them all, 32 warps at most.
+// The largest value of any thread of the row's blocks, which together have 32 warps at most.
 __device__ inline uint32_t row_largest(const Rows& p, uint32_t value, uint32_t buffer) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     value = warp_largest(value);
@@ -114,9 +116,8 @@ inline cudaError_t convert_activations(LinearProblem& problem, void* scratch, cu
     const bool whole = has_aligned_rows(problem);
     constexpr int kPerThread = 4;  // vectors, where there are enough threads
     const int warps = (p.vectors + 32 * kPerThread - 1) / (32 * kPerThread);
-    // Few rows are waited for: where they are long, several blocks take a part of each, 8 warps wide. Many fill the GPU
-    // as they are.
-    constexpr int kFewRows = 128, kPartWarps = 8;
+    // Few rows are waited for: where they are long, several blocks take a part of each. Many fill the GPU as they are.
+    constexpr int kFewRows = 128;
     const int parts = (warps + kPartWarps - 1) / kPartWarps;
     p.blocks = problem.m > kFewRows ? 1 : parts < kRowBlocks ? parts : kRowBlocks;
     const int most = p.blocks > 1 ? kPartWarps : kRowThreads / 32;
