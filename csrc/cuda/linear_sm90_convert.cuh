@@ -12,7 +12,8 @@ namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-// By how much less sums are at the end of a piece, so that those of the largest activations do not overflow.
+// By how much less sums are at the end of a piece, so that those of the largest activations do not overflow: as much as
+// weights that become bf16 are smaller (dequant.cuh).
 constexpr float kSumRoom = 256;
 
 // A token's scale while a warp converts one stage of it after the other.
@@ -24,8 +25,7 @@ struct RunningScale {
 
     __device__ void set(uint32_t largest) {
         scale.set(largest, kHeadroom);
-        const uint32_t exponent = larger(largest >> 23, 16);
-        limit = (min((exponent + kHeadroom + 1) << 7, 0x8000u) - 1) * 0x00010001u;
+        limit = (min((scale_exponent(largest) + kHeadroom + 1) << 7, 0x8000u) - 1) * 0x00010001u;
     }
 };
 

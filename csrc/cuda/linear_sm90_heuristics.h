@@ -191,14 +191,14 @@ enum class BFloat16Way {
     kInFront     // by a kernel before: linear_sm90_from_bf16.cuh
 };
 
-// Over fp16, on an H200, o, qkv, gate_up and down in microseconds (docs/kernels.md, versions 32, 42 and 43):
+// Over fp16, o, qkv, gate_up and down in microseconds (`bench linear`; docs/kernels.md, versions 24, 28, 42 and 43):
 //
 //   tokens     condition          way           reason
-//   <= 8       the memory is      in the ring   +0.3 +0.3 +0.8 +0.7 at 8 (in front +1.9 +1.7 +1.3 +3.8, as they are
-//              fast                             +1.3 +1.3 +0.8 +0.7); at 16 the conversion takes as long as the memory
+//   <= 8       the memory is      in the ring   +0.5 +0.5 +1.1 +1.2 at 8 on an H200, in front +2.4 +1.8 +2.4 +3.9; at 16
+//              fast                             the conversion takes as long as the memory
 //   <= 64      it is slow         as they are   hidden: +0.3 to 1.6, on an H100, where in front takes +1.2 to 5.4
 //   65..128    slow, or > 96      as they are   the tensor cores hide most of it; up to 96 tokens they have a quarter
-//                                               less to do, and gate_up takes 145 at 96 tokens, 133 with a kernel in front
+//                                               less to do, and gate_up takes 145 at 96 tokens, 137 with a kernel in front
 //   else, groups of scales, rows  in front
 //   that no tensor map describes
 inline BFloat16Way bf16_way(const LinearProblem& p, const Device& device) {

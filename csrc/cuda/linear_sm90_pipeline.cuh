@@ -30,7 +30,7 @@ struct Problem {
 };
 
 // Bytes of shared memory: activations first (their swizzle needs 1024-byte alignment), then weights, the staging of y,
-// sums on their way between consumers, scales of tokens, those of each stage's, the barriers.
+// sums on their way between consumers, scales of tokens and of those of each stage, the barriers.
 template <class T, int kBits>
 struct SharedLayout {
     static constexpr int kWeightBlock = Tiles<kBits>::kPanelBytes;  // 64 x 64

@@ -1,8 +1,8 @@
 // bf16 values of a token as fp16 ones for linear_sm90, whose weights take a third fewer instructions to become fp16 than
 // bf16.
 //
-// They are multiplied by the power of two that takes the largest magnitude among them to [2^15, 2^16); their products'
-// sum is multiplied by the inverse. Values of at least 2^-32 of the largest stay exact, smaller ones are off by at most
+// They are multiplied by the power of two that takes the largest magnitude among them to [2^15, 2^16), or by so much less
+// as larger ones may follow; their products' sum is multiplied by the inverse. Where none may follow, values of at least 2^-32 of the largest stay exact, smaller ones are off by at most
 // 2^-40 of it. Where all are below 2^-110 they are multiplied by 2^126, and exact too. An infinity or NaN stays one, and
 // spoils its own token only.
 #pragma once
@@ -25,14 +25,16 @@ __device__ inline uint32_t largest_of(uint4 v, uint32_t largest) {
 // The larger one of both, as fp32; the lower half of its bits is anything.
 __device__ inline uint32_t larger_half(uint32_t pair) { return larger(pair, pair << 16); }
 
+// By which a token is scaled, of its largest magnitude's bits as fp32: biased by 127, and so large that the factor's
+// inverse is a normal number.
+__device__ inline uint32_t scale_exponent(uint32_t largest) { return larger(largest >> 23, 16); }
+
 struct TokenScale {
     float factor;
 
-    // largest: the bits of the largest magnitude, as fp32. headroom: powers of two up to which larger ones may follow.
-    // NOTE: exponents as fp32 has them, biased by 127; the factor's is at most 253, so that its inverse is normal.
+    // headroom: powers of two up to which larger ones may follow.
     __device__ void set(uint32_t largest, int headroom) {
-        const uint32_t exponent = larger(largest >> 23, 16);
-        factor = __uint_as_float((127 + 142 - headroom - exponent) << 23);
+        factor = __uint_as_float((127 + 142 - headroom - scale_exponent(largest)) << 23);
     }
     __device__ float inverse() const { return __uint_as_float((254u << 23) - __float_as_uint(factor)); }
 };

@@ -1,7 +1,7 @@
 // Compares linear_sm90, launcher and kernels, with a product in double precision: random codes, activations, scales, bias.
 // Activations in bf16 have rows of very different magnitudes, and gaps between the rows. They are multiplied as they are
-// where the GPU, whose memory is slow, is to do so, and become fp16 first elsewhere; or in the ring. Each problem with an even n runs
-// once more with a gate, which must make of y what double precision makes of the same y.
+// where the GPU, whose memory is slow, is to do so, and become fp16 first elsewhere; or in the ring. Each problem with an
+// even n runs once more with a gate, which must make of y what double precision makes of the same y.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
 // else the n-th of kTiles).
