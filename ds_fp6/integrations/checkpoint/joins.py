@@ -13,12 +13,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.v2.model_implementations import common_parameters
 
+from ds_fp6.integrations.checkpoint import staging
+
 
 def join_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """[n_i, ...] each → [sum n_i, ...], one after the other."""
     joined = _empty_like(parts, (sum(len(part) for part in parts), *parts[0].shape[1:]))
     for rows, part in zip(joined.split([len(part) for part in parts]), parts):
-        rows.copy_(part)
+        staging.copy_(rows, part)
     return joined
 
 
@@ -27,8 +29,8 @@ def interleave_rows(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | No
     if gate.shape != up.shape:
         raise ValueError(f"gate is {list(gate.shape)}, up is {list(up.shape)}; they must agree")
     joined = _empty_like((gate, up), (2 * len(gate), *gate.shape[1:])) if out is None else out
-    joined[0::2].copy_(gate)
-    joined[1::2].copy_(up)
+    staging.copy_(joined[0::2], gate)
+    staging.copy_(joined[1::2], up)
     return joined
 
 
@@ -36,7 +38,7 @@ def stack(experts: Sequence[torch.Tensor]) -> torch.Tensor:
     """[...] of each expert → [experts, ...]."""
     joined = _empty_like(experts, (len(experts), *experts[0].shape))
     for slot, expert in zip(joined, experts):
-        slot.copy_(expert)
+        staging.copy_(slot, expert)
     return joined
 
 

@@ -20,6 +20,7 @@ from deepspeed.inference.v2.model_implementations.layer_container_base import La
 from deepspeed.inference.v2.model_implementations.parameter_base import ParameterBase
 from deepspeed.inference.v2.model_implementations.sharding.utils import get_shard_endpoints
 
+from ds_fp6.integrations.checkpoint import staging
 from ds_fp6.integrations.checkpoint.files import Checkpoint, abbreviate
 from ds_fp6.integrations.checkpoint.joins import FINALIZERS
 from ds_fp6.integrations.checkpoint.memory import parameter_memory
@@ -37,10 +38,11 @@ def load_parameters(policy: InferenceV2Policy, container_map: ContainerMap) -> N
     tied = bool(getattr(policy._model_config, "tie_word_embeddings", False))
     loader = _Loader(policy.model, SlotTable(container_map, policy.model, tied), tied)
     checkpoint = streamed_checkpoint(engine)
-    if checkpoint is None:
-        loader.load_in_order_of(engine.parameters())
-    else:
-        loader.load(checkpoint)
+    with staging.staged(loader.device):
+        if checkpoint is None:
+            loader.load_in_order_of(engine.parameters())
+        else:
+            loader.load(checkpoint)
 
 
 def streamed_checkpoint(engine: Any) -> Checkpoint | None:
@@ -54,8 +56,8 @@ class _Loader:
         self._model = model
         self._table = table
         self._tied = tied
-        self._device = torch.device(get_accelerator().current_device())
-        self._memory = parameter_memory(self._device)
+        self.device = torch.device(get_accelerator().current_device())
+        self._memory = parameter_memory(self.device)
         self._filled: set[Slot] = set()
         #: What the parameters under way have been given so far: (container, parameter) → [(name, tensor)].
         self._parts: dict[tuple[LayerContainer, str], list[tuple[str, torch.Tensor]]] = {}
@@ -115,7 +117,7 @@ class _Loader:
         parts = self._parts.setdefault(key, [])
         parts.append((name, tensor))
         # What is joined moves while it is joined.
-        moved = tensor if type(pending) in FINALIZERS else tensor.to(self._device)
+        moved = tensor if type(pending) in FINALIZERS else staging.to(tensor, self.device)
         try:
             if slot.index is None:
                 setattr(pending, slot.part, moved)
