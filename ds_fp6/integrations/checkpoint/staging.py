@@ -91,7 +91,7 @@ class Staging:
             self._threads.shutdown()
 
     def _start(self) -> None:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks))
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="ds_fp6-staging")
         for _ in range(threads + BUFFERS_UNDER_WAY):
