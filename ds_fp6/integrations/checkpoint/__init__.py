@@ -8,6 +8,7 @@ copies the model into one buffer   ``memory``: each parameter moves once, when i
                                    buffer out only to serialize
 ties embeddings for qwen2 only     ``loader``: for every family, and the LM head shares the embedding's memory
 joins parts beside their copies    ``joins``: each part goes straight to its place
+one thread feeds the GPU           ``staging``: several, through pinned buffers
 asserts, hub look-ups for paths    ``location``, ``files``, ``slots``: exceptions that name path, tensor and shapes
 =================================  ===============================================================================
 """
