@@ -66,31 +66,37 @@ DS_FP6_HD constexpr float largest_value() {
     return static_cast<float>(1u << Fmt::kMaxExponent) * (2.0f - 1.0f / (1u << Fmt::kMantissaBits));
 }
 
-// Code, without its sign, of the value nearest to |t|: ties away from zero, saturating.
+// Bits whose upper ones, from bit 23 - M on, are the code, without its sign, of the value nearest to |t|: ties away from
+// zero, saturating.
 //
-// Adding half a unit to the fp32 bits and cutting the rest off rounds the magnitude; a carry moves into the exponent by
-// itself. Below the smallest normal, adding that first gives the mantissa the subnormals' spacing; toward zero, which
-// leaves what is under a half under it.
+// |t| times a power of two, so that fp32's smallest normal number is the format's: exponents, subnormals and mantissas are
+// then the format's, with more mantissa behind. Toward zero where fp32 has too few bits, which leaves what is under a half
+// under it. Adding half a unit rounds; a carry moves into the exponent by itself.
 template <class Fmt>
-DS_FP6_DEVICE uint32_t encode_magnitude(float t) {
-    constexpr int drop = 23 - Fmt::kMantissaBits;
-    constexpr uint32_t half = 1u << (drop - 1);
-    constexpr uint32_t normal_bits = uint32_t(127 + Fmt::kMinExponent) << 23;  // of 2^kMinExponent, code 1 << M
-    const float smallest_normal = __uint_as_float(normal_bits);
-    const float magnitude = fminf(fabsf(t), largest_value<Fmt>());
-    const bool normal = magnitude >= smallest_normal;
-    const float aligned = normal ? magnitude : __fadd_rz(magnitude, smallest_normal);
-    const uint32_t first = normal ? normal_bits - (1u << 23) : normal_bits;  // bits whose code is 0
-    return (__float_as_uint(aligned) + half - first) >> drop;
+DS_FP6_DEVICE uint32_t rounded_magnitude(float t) {
+    constexpr uint32_t half = 1u << (22 - Fmt::kMantissaBits);
+    constexpr int exponent = -126 - Fmt::kMinExponent;  // of the factor: below -126 a subnormal number
+    constexpr uint32_t factor = exponent >= -126 ? uint32_t(127 + exponent) << 23 : 1u << (149 + exponent);
+    return __float_as_uint(__fmul_rz(fminf(fabsf(t), largest_value<Fmt>()), __uint_as_float(factor))) + half;
+}
+
+// bits, `places` to the right or, below 0, to the left.
+template <int places>
+DS_FP6_DEVICE uint32_t shifted(uint32_t bits) {
+    if constexpr (places >= 0) return bits >> places;
+    else return bits << -places;
 }
 
 // The pair (pack.cuh) of the codes nearest to t0 and t1. A zero has no sign.
 template <class Fmt>
 DS_FP6_DEVICE uint32_t encode_pair(float t0, float t1) {
-    const uint32_t codes = encode_magnitude<Fmt>(t0) | encode_magnitude<Fmt>(t1) << 16;
+    constexpr int down = 23 - Fmt::kMantissaBits - BitMapOf<Fmt>::kShift;
+    constexpr uint32_t magnitude = ((1u << (Fmt::kBits - 1)) - 1) << BitMapOf<Fmt>::kShift;
+    const uint32_t low = shifted<down>(rounded_magnitude<Fmt>(t0)) & magnitude;
+    const uint32_t pair = low | (shifted<down - 16>(rounded_magnitude<Fmt>(t1)) & magnitude << 16);
     const uint32_t signs = __float_as_uint(t0) >> 16 | (__float_as_uint(t1) & 0xFFFF0000u);
-    const uint32_t not_zero = codes + 0x7FFF7FFFu;  // bit 15 of each half
-    return codes << BitMapOf<Fmt>::kShift | (signs & not_zero & 0x80008000u);
+    const uint32_t not_zero = pair + 0x7FFF7FFFu;  // bit 15 of each half
+    return pair | (signs & not_zero & 0x80008000u);
 }
 
 template <class Fmt>

@@ -3,8 +3,6 @@
 // never late, so races and missing waits go unseen; indexing, arithmetic and control flow are the kernel's own.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cfenv>
 #include <cmath>
@@ -13,8 +11,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>
 #include <vector>
+
+#include "fiber.h"
 
 #define __device__
 #define __host__
@@ -51,12 +50,12 @@ inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4)
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fadd_rz(float a, float b) {
+inline float __fmul_rz(float a, float b) {
     std::fesetround(FE_TOWARDZERO);
     volatile float x = a, y = b;
-    volatile float sum = x + y;
+    volatile float product = x * y;
     std::fesetround(FE_TONEAREST);
-    return sum;
+    return product;
 }
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
@@ -74,18 +73,11 @@ struct Barrier {
     unsigned generation = 0;
 };
 
-struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    bool done = false;
-};
-
 // The block that runs.
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Barrier> warps;
     Barrier all;
-    ucontext_t scheduler;
     int current = 0;
     std::function<void()> kernel;
     // What a warp's lanes show one another in a collective.
@@ -96,7 +88,7 @@ inline Block block;
 inline uint8_t* shared_memory = nullptr;  // dynamic shared memory, for addresses
 
 // The scheduler sets block.current and threadIdx before it comes back.
-inline void yield() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
+inline void yield() { Fiber::yield(); }
 
 inline void wait(Barrier& barrier) {
     const unsigned generation = barrier.generation;
@@ -108,11 +100,7 @@ inline void wait(Barrier& barrier) {
     while (barrier.generation == generation) yield();
 }
 
-inline void fiber_main() {
-    block.kernel();
-    block.fibers[block.current].done = true;
-    yield();
-}
+inline void run_thread() { block.kernel(); }
 
 // Runs one block of `threads`; reports a deadlock (a barrier that some threads never reach) and exits.
 inline void run_block(int threads, const std::function<void()>& kernel) {
@@ -122,15 +110,7 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
     block.warps.assign(threads / 32, Barrier{32, 0, 0});
     block.all = Barrier{threads, 0, 0};
     blockDim.x = threads;
-    for (Fiber& fiber : block.fibers) {
-        if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = &block.scheduler;
-        makecontext(&fiber.context, fiber_main, 0);
-    }
+    for (Fiber& fiber : block.fibers) fiber.begin(run_thread, kStack);
     int left = threads;
     long idle_rounds = 0;
     while (left > 0) {
@@ -139,11 +119,11 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
         for (Barrier& warp : block.warps) warp_before += warp.generation;
         const int left_before = left;
         for (int i = 0; i < threads; ++i) {
-            if (block.fibers[i].done) continue;
+            if (block.fibers[i].ended()) continue;
             block.current = i;
             threadIdx.x = i;
-            swapcontext(&block.scheduler, &block.fibers[i].context);
-            if (block.fibers[i].done) --left;
+            block.fibers[i].resume();
+            if (block.fibers[i].ended()) --left;
         }
         for (Barrier& warp : block.warps) warp_after += warp.generation;
         const bool moved = left != left_before || block.all.generation != before || warp_after != warp_before;
