@@ -23,7 +23,7 @@ def built(directory: Path) -> Path:
     linear.write_text(linear.read_text().replace("extern __shared__", "extern"))
     compiler = ahead.run(
         "c++", "-std=c++17", "-O0", "-frounding-math", "-ffp-contract=off", "-Wno-unknown-pragmas",
-        f"-I{EMULATED}", f"-I{directory / 'csrc'}", ROOT / "tests" / "cpp" / "check_kernels.cpp",
+        f"-I{EMULATED}", f"-I{EMULATED.parent}", f"-I{directory / 'csrc'}", ROOT / "tests" / "cpp" / "check_kernels.cpp",
         "-o", directory / "check_kernels",
     )  # fmt: skip
     assert compiler.returncode == 0, compiler.stderr

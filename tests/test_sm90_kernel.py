@@ -72,7 +72,7 @@ def emulated(sources: Path, dtype: str, cases: tuple) -> subprocess.CompletedPro
     compiler = ahead.run(
         "c++", "-std=c++17", "-O2", "-w", "-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL",
         f"-DEMULATED_FORMAT=Format<{fmt}>", f"-DEMULATED_ELEMENT={dtype}", flag, f"-I{sources}",
-        f"-I{_cuda_include()}", sources / "main.cpp", "-o", sources / "emulate",
+        f"-I{EMULATOR.parent}", f"-I{_cuda_include()}", sources / "main.cpp", "-o", sources / "emulate",
     )  # fmt: skip
     assert compiler.returncode == 0, compiler.stderr
     return ahead.run(sources / "emulate", *(number for case in cases for number in case))

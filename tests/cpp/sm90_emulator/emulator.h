@@ -6,8 +6,6 @@
 // grids may still use before it has waited for them.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +15,8 @@
 #include <memory>
 #include <random>
 #include <vector>
+
+#include "fiber.h"
 
 namespace emulator {
 
@@ -47,11 +47,10 @@ struct Meeting {
 struct Block;
 
 struct Thread {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    Fiber fiber;
     Block* block;
     int index;
-    bool finished = false, earlier_grids_ended = false;
+    bool earlier_grids_ended = false;
     uint64_t cluster_generation = 0;  // in which it has arrived at its cluster's barrier
     // What this thread has issued to the tensor cores: groups of operations, the newest last.
     std::vector<std::vector<std::function<void()>>> groups{1};
@@ -70,13 +69,12 @@ struct Block {
     Meeting* cluster_meeting;
 };
 
-inline ucontext_t scheduler;
 inline Thread* current = nullptr;
 inline std::mt19937 random_source{1};
 inline std::vector<std::pair<int, std::function<void()>>> in_flight;  // turns left, what lands then
 inline uint64_t progress = 0;                                         // counts whatever changes
 
-inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void yield() { Fiber::yield(); }
 
 inline void later(std::function<void()> land) {
     in_flight.emplace_back(1 + random_source() % 40, std::move(land));
@@ -127,9 +125,7 @@ inline std::function<void()> kernel_body;
 
 inline void run_thread() {
     kernel_body();
-    current->finished = true;
     ++progress;
-    swapcontext(&current->context, &scheduler);
 }
 
 // All blocks at once, in random order. Returns false on a deadlock.
@@ -152,11 +148,7 @@ inline bool launch(int grid, int threads, int cluster) {
         for (int t = 0; t < threads; ++t) {
             Thread& thread = block->thread[t];
             thread.block = block.get(), thread.index = t;
-            thread.stack = std::make_unique<char[]>(kStackBytes);
-            getcontext(&thread.context);
-            thread.context.uc_stack = {thread.stack.get(), 0, kStackBytes};
-            thread.context.uc_link = nullptr;
-            makecontext(&thread.context, run_thread, 0);
+            thread.fiber.begin(run_thread, kStackBytes);
             alive.push_back(&thread);
         }
     }
@@ -168,8 +160,8 @@ inline bool launch(int grid, int threads, int cluster) {
             const size_t other = random_source() % (i + 1);
             std::swap(alive[i], alive[other]);
             current = alive[i];
-            swapcontext(&scheduler, &current->context);
-            if (current->finished) alive[i] = alive.back(), alive.pop_back();
+            current->fiber.resume();
+            if (current->fiber.ended()) alive[i] = alive.back(), alive.pop_back();
         }
         for (size_t i = 0; i < in_flight.size();) {
             ++progress;

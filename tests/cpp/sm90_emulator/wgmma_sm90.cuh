@@ -30,18 +30,15 @@ void wgmma_wait() {
 inline uint64_t wgmma_descriptor(uint32_t address) { return address; }
 
 template <class T>
-float value_of(uint16_t bits) {
-    static const std::vector<float> values = [] {
-        std::vector<float> v(65536);
-        for (int i = 0; i < 65536; ++i) {
-            const auto raw = static_cast<unsigned short>(i);
-            if constexpr (std::is_same_v<T, Half>) v[i] = __half2float(__half(__half_raw{raw}));
-            else v[i] = __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{raw}));
-        }
-        return v;
-    }();
-    return values[bits];
-}
+inline const std::vector<float> kValues = [] {  // of all 16-bit patterns
+    std::vector<float> values(65536);
+    for (int i = 0; i < 65536; ++i) {
+        const auto raw = static_cast<unsigned short>(i);
+        if constexpr (std::is_same_v<T, Half>) values[i] = __half2float(__half(__half_raw{raw}));
+        else values[i] = __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{raw}));
+    }
+    return values;
+}();
 
 template <int kTokens>
 struct Wgmma {
@@ -56,25 +53,26 @@ private:
         using namespace emulator;
         current->operand = a;
         meet_warp();
+        const float* const values = kValues<T>.data();
         const int lane = current->index % 32, first = lane / 4 * 4;
         float rows[2][16];
         for (int t = 0; t < 4; ++t) {
             for (int i = 0; i < 4; ++i) {
                 const uint32_t pair = lane_of_warp(first + t).operand[i];
-                rows[i % 2][i / 2 * 8 + 2 * t] = value_of<T>(static_cast<uint16_t>(pair));
-                rows[i % 2][i / 2 * 8 + 2 * t + 1] = value_of<T>(static_cast<uint16_t>(pair >> 16));
+                rows[i % 2][i / 2 * 8 + 2 * t] = values[pair & 0xFFFF];
+                rows[i % 2][i / 2 * 8 + 2 * t + 1] = values[pair >> 16];
             }
         }
         for (int j = 0; j < kTokens / 8; ++j) {
             for (int h = 0; h < 2; ++h) {
                 const int token = 8 * j + 2 * (lane % 4) + h;
                 float column[16];
-                for (int k = 0; k < 16; ++k) {
+                for (int k = 0; k < 16; k += 8) {
                     uint32_t at = static_cast<uint32_t>(b & 0x3FFF) * 16 + token / 8 * 1024 + token % 8 * 128 + k * 2;
                     at ^= (at >> 7 & 7) << 4;
-                    uint16_t bits;
-                    std::memcpy(&bits, memory(at, 2), 2);
-                    column[k] = value_of<T>(bits);
+                    uint16_t chunk[8];
+                    std::memcpy(chunk, memory(at, 16), 16);
+                    for (int i = 0; i < 8; ++i) column[k + i] = values[chunk[i]];
                 }
                 for (int r = 0; r < 2; ++r) {
                     float sum = accumulate ? d[4 * j + 2 * r + h] : 0.f;
