@@ -10,6 +10,9 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 READY := $(VENV)/ds_fp6-ready
 
+# Processes that may not keep what they compile compile thousands of modules each, and the tests start dozens of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bench clean
 
 demo: $(READY)
