@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import psutil
 import pytest
 
 from ds_fp6.integrations.mii import entry
-from ds_fp6.integrations.mii.server import is_free
+from ds_fp6.integrations.mii.ports import free_ports, is_free
 
 MODEL = str(Path(__file__).parent.parent / "examples" / "tiny-python-llama")
 PROMPTS = ["def main(", "import os\n", "class Stack:", "for i in", "    return", "# ", "if __name__", "try:\n"]
@@ -20,16 +19,6 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "ignore_eos": True}
 LONG = GREEDY | {"max_new_tokens": 450}
 #: Seconds in which a failure must have reached the client, and all processes must be gone.
 PROMPTLY = 30
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` ports in a row that are free, and that the system gives to no connection meanwhile."""
-    given_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    below = int(given_out.read_text().split()[0]) if given_out.exists() else 32768
-    while True:
-        first = random.randrange(min(10000, below // 2), below - count)
-        if all(is_free(port) for port in range(first, first + count)):
-            return first
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from deployments import (
 from mii.backend.server import MIIServer
 
 from ds_fp6.integrations.mii import guard, server
-from ds_fp6.integrations.mii.server import is_free
+from ds_fp6.integrations.mii.ports import answers, is_free
 
 
 @pytest.fixture(autouse=True)
@@ -155,14 +155,14 @@ def test_a_port_that_only_answers_itself_is_not_taken_for_a_server(ports, monkey
             return super().connect_ex(address)
 
     port = ports["port_number"]
-    assert not server.answers("127.0.0.1", port)
+    assert not answers("127.0.0.1", port)
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socket", SelfConnected)
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port + 1)) == 0
-        assert not server.answers("127.0.0.1", port)
+        assert not answers("127.0.0.1", port)
     with socket.create_server(("127.0.0.1", port + 2)):
-        assert server.answers("127.0.0.1", port + 2)
+        assert answers("127.0.0.1", port + 2)
 
 
 def test_a_server_runs_on_the_gpus_that_its_process_sees(monkeypatch):

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import random
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -15,16 +14,7 @@ from typing import Any
 from ds_fp6.integrations.mii import guard, server
 from ds_fp6.integrations.mii.errors import readable
 from ds_fp6.integrations.mii.load_format import has_tokenizer
-
-
-def _free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring ports on which nobody listens."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            first = probe.getsockname()[1]
-        if first + count < 2**16 and all(server.is_free(port) for port in range(first, first + count)):
-            return first
+from ds_fp6.integrations.mii.ports import free_ports
 
 
 @contextlib.contextmanager
@@ -58,7 +48,7 @@ def served(
     hooks.install()
     logger.setLevel(logging.WARNING)
     name = f"ds-fp6-load-{os.getpid()}"
-    ports = {"port_number": _free_ports(2 + tensor_parallel), "torch_dist_port": _free_ports(1)}
+    ports = {"port_number": free_ports(2 + tensor_parallel), "torch_dist_port": free_ports(1)}
     with tempfile.TemporaryDirectory() as scores, _environment(MII_CACHE_PATH=scores):
         variables = {server.LOG: log and str(log), server.START_LIMIT: str(start_limit)}
         variables[guard.OWNER_VARIABLE] = str(os.getpid())
@@ -67,7 +57,7 @@ def served(
                 mii.serve(
                     str(model), deployment_name=name, quantization_mode=mode, tensor_parallel=tensor_parallel,
                     load_format=load_format, inference_engine_config={"state_manager": state_manager or {}},
-                    zmq_port_number=_free_ports(1), **ports,
+                    zmq_port_number=free_ports(1), **ports,
                 )  # fmt: skip
             yield ports["port_number"]
         finally:

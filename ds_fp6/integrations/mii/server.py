@@ -22,6 +22,7 @@ from ds_fp6.integrations.deepspeed.accelerator import on_cpu
 from ds_fp6.integrations.mii import entry, guard
 from ds_fp6.integrations.mii.handover import is_idle
 from ds_fp6.integrations.mii.pipeline import check_running
+from ds_fp6.integrations.mii.ports import answers, is_free
 from ds_fp6.integrations.patching import Hook, wrap
 
 #: Seconds that a guard, told to end, has for ending its processes.
@@ -49,25 +50,6 @@ def deployment_directory(deployment_name: str) -> Path:
     from mii.score.generate import generated_score_path
 
     return Path(generated_score_path(deployment_name, DeploymentType.LOCAL)).parent / "server"
-
-
-def is_free(port: int) -> bool:
-    """Whether a server could listen on a port of this machine. Connections that linger after a close do not count."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
-def answers(host: str, port: int) -> bool:
-    """Whether somebody listens on a port. To ask a port that nobody has may connect the asking socket to itself: the
-    kernel gives it a port of its own, which may be that very one.
-    """
-    with socket.socket() as probe:
-        return probe.connect_ex((host, port)) == 0 and probe.getsockname() != probe.getpeername()
 
 
 def _ports(mii_config) -> list[tuple[str, int]]:
