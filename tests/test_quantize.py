@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import ahead
 import pytest
 import torch
 
@@ -51,15 +56,24 @@ def test_decode_then_encode_returns_every_code_but_minus_zero(fmt):
     assert torch.equal(encode(decode(codes, fmt), fmt), expected)
 
 
+def qtorch_compiled(folder: Path) -> subprocess.CompletedProcess:
+    """qtorch compiles itself when it is first imported, into the user's cache of torch's extensions."""
+    return ahead.run(sys.executable, "-c", "import qtorch.quant")
+
+
+@ahead.made_by(qtorch_compiled)
 @pytest.mark.parametrize("fmt", QTORCH_FORMATS, ids=str)
-def test_encode_rounds_as_qtorch_does(fmt):
+def test_encode_rounds_as_qtorch_does(made, fmt):
     """Over all codes, all midpoints and their fp32 neighbours.
 
     qtorch adds 2^(1-bias) to a subnormal before it rounds, which rounds twice: the fp32 neighbour just below a
     midpoint of two subnormals becomes the midpoint, and then goes away from zero. Those inputs, and only
     those, may differ; the reference gives the value that is really nearer.
     """
-    quant = pytest.importorskip("qtorch.quant", reason="qtorch is not installed")
+    pytest.importorskip("qtorch", reason="qtorch is not installed")
+    assert made.returncode == 0, made.stderr
+    from qtorch import quant
+
     t = codes_and_midpoints(fmt)
     ours = decode(encode(t, fmt), fmt)
     theirs = quant.float_quantize(t, exp=fmt.exponent_bits, man=fmt.mantissa_bits, rounding="nearest")
