@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_rows_arrive(threads, device, shape, dtype):
         torch.full(shape, float("nan"), dtype=torch.float32, device=device),
         torch.full((2 * shape[0], *shape[1:]), float("nan"), dtype=dtype, device=device)[1::2],
     ):
-        assert threads.takes(destination, source) == (source.nbytes > 4096)
+        assert threads.takes(destination, source)
         threads.copy(destination, source)
         assert torch.equal(destination.cpu(), source.to(destination.dtype))
 
@@ -90,3 +92,15 @@ def test_nothing_is_staged_on_a_cpu():
     with staging.staged(torch.device("cpu")):
         assert staging.to(source, torch.device("cpu")) is source
         assert torch.equal(interleave_rows(source, -source)[1::2].cpu(), -source)
+
+
+def test_each_thread_stages_for_itself(monkeypatch):
+    """As models that load side by side need: one that has loaded must not end the other one's threads."""
+    asked = []
+    monkeypatch.setattr(staging.Staging, "takes", lambda *_: asked.append("takes"))
+    destination, source = torch.zeros(3), torch.ones(3)
+    with staging.staged(torch.device("cuda", 0)), ThreadPoolExecutor(1) as other:
+        other.submit(staging.copy_, destination, source).result()
+        assert asked == [] and torch.equal(destination, source)
+        staging.copy_(destination, source)
+        assert asked == ["takes"]

@@ -12,6 +12,7 @@ import os
 import queue
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -22,34 +23,35 @@ MOST_THREADS = 8
 #: Buffers that the device reads while each thread fills another.
 BUFFERS_UNDER_WAY = 4
 
-_in_force: Staging | None = None
+#: Of this thread: models may load side by side.
+_in_force: ContextVar[Staging | None] = ContextVar("_in_force", default=None)
 
 
 @contextlib.contextmanager
 def staged(device: torch.device) -> Iterator[None]:
-    """While this lasts, ``copy_`` and ``to`` go through pinned buffers where ``device`` is a GPU; nestable."""
-    global _in_force
-    before = _in_force
-    _in_force = Staging(device) if device.type == "cuda" else None
+    """While this lasts, this thread's ``copy_`` and ``to`` go through pinned buffers where ``device`` is a GPU."""
+    staging = Staging(device) if device.type == "cuda" else None
+    before = _in_force.set(staging)
     try:
         yield
     finally:
-        if _in_force is not None:
-            _in_force.close()
-        _in_force = before
+        _in_force.reset(before)
+        if staging is not None:
+            staging.close()
 
 
 def copy_(destination: torch.Tensor, source: torch.Tensor) -> None:
     """``destination.copy_(source)``, the same shape."""
-    if _in_force is not None and _in_force.takes(destination, source):
-        _in_force.copy(destination, source)
+    staging = _in_force.get()
+    if staging is not None and staging.takes(destination, source):
+        staging.copy(destination, source)
     else:
         destination.copy_(source)
 
 
 def to(source: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``source.to(device)``."""
-    if _in_force is None or source.device.type != "cpu" or device.type == "cpu":
+    if _in_force.get() is None or source.device.type != "cpu" or device.type == "cpu":
         return source.to(device)
     moved = torch.empty_like(source, device=device)
     copy_(moved, source)
