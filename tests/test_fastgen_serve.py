@@ -22,7 +22,8 @@ from deployments import (
 from mii.backend.server import MIIServer
 
 from ds_fp6.integrations.mii import guard, server
-from ds_fp6.integrations.mii.ports import answers, is_free
+from ds_fp6.integrations.mii import ports as chosen
+from ds_fp6.integrations.mii.ports import answers, free_ports, is_free
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +164,15 @@ def test_a_port_that_only_answers_itself_is_not_taken_for_a_server(ports, monkey
         assert not answers("127.0.0.1", port)
     with socket.create_server(("127.0.0.1", port + 2)):
         assert answers("127.0.0.1", port + 2)
+
+
+@pytest.mark.parametrize("connections, below", [("32768\t60999\n", 32768), ("1024\t65535\n", 65536)])
+def test_ports_are_none_of_connections_where_there_are_others(connections, below, tmp_path, monkeypatch):
+    monkeypatch.setattr(chosen, "LINUX_SAYS", tmp_path / "range")
+    chosen.LINUX_SAYS.write_text(connections)
+    for _ in range(50):
+        first = free_ports(3)
+        assert chosen.LOWEST <= first and first + 3 <= below and all(map(is_free, range(first, first + 3)))
 
 
 def test_a_server_runs_on_the_gpus_that_its_process_sees(monkeypatch):

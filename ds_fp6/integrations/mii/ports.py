@@ -8,7 +8,9 @@ from pathlib import Path
 
 #: The lowest port that is chosen, and that of connections where the system does not say: Linux's default.
 LOWEST, CONNECTIONS = 10000, 32768
-_CONNECTIONS_OF_LINUX = Path("/proc/sys/net/ipv4/ip_local_port_range")
+#: Below so many there are too few to choose from.
+ENOUGH = 20000
+LINUX_SAYS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def is_free(port: int) -> bool:
@@ -33,11 +35,12 @@ def answers(host: str, port: int) -> bool:
 def free_ports(count: int) -> int:
     """The first of ``count`` neighbouring ports that are free, below those that the system gives to connections: a
     server that has yet to load its model listens only minutes later, and any connection could take its port meanwhile.
+    Where connections may have nearly all ports, any.
     """
-    below = CONNECTIONS
-    if _CONNECTIONS_OF_LINUX.exists():
-        below = int(_CONNECTIONS_OF_LINUX.read_text().split()[0])
+    below = int(LINUX_SAYS.read_text().split()[0]) if LINUX_SAYS.exists() else CONNECTIONS
+    if below < ENOUGH:
+        below = 2**16
     while True:
-        first = random.randrange(min(LOWEST, below // 2), below - count)
+        first = random.randrange(LOWEST, below - count)
         if all(is_free(port) for port in range(first, first + count)):
             return first
