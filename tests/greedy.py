@@ -28,11 +28,12 @@ def main() -> None:
         chosen, margins = [[] for _ in prompts], [[] for _ in prompts]
         for _ in range(new_tokens):
             logits = step(engine, tokens).float().cpu()
-            best = logits.topk(2, dim=-1)
+            best = logits.argmax(dim=-1, keepdim=True)  # of equal ones the first, as MII's pipeline has it
+            first, second = logits.topk(2, dim=-1).values.unbind(-1)
             for uid in range(len(prompts)):
-                chosen[uid].append(best.indices[uid, 0].item())
-                margins[uid].append((best.values[uid, 0] - best.values[uid, 1]).item())
-            tokens = {uid: best.indices[uid, :1].clone() for uid in tokens}
+                chosen[uid].append(best[uid].item())
+                margins[uid].append((first[uid] - second[uid]).item())
+            tokens = {uid: best[uid].clone() for uid in tokens}
     json.dump({"tokens": chosen, "margins": margins}, sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""FastGen on a GPU: the shipped model writes what it writes on a CPU."""
+"""FastGen on a GPU: the shipped model writes what it writes on a CPU, by the engine and through MII."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,12 @@ NEW_TOKENS, EQUAL_TOKENS = 64, 32
 TIE = {"float16": 2**-6, "bfloat16": 2**-3}
 
 
-def greedy(model: Path, mode: str, device: str) -> dict:
+def run(program: str, model: Path, mode: str, device: str):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "greedy.py"), str(model), mode, str(NEW_TOKENS)],
+        [sys.executable, str(ROOT / "tests" / program), str(model), mode, str(NEW_TOKENS)],
         input=json.dumps(PROMPTS), capture_output=True, text=True, env=environment, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -54,18 +55,55 @@ def checkpoint_in(dtype: torch.dtype, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("dtype, mode", [(torch.float16, "wf6af16"), (torch.bfloat16, "wf6a16")], ids=["fp16", "bf16"])
-def test_greedy_text_is_the_cpus(dtype, mode, tmp_path):
-    model = checkpoint_in(dtype, tmp_path)
-    on_gpu, on_cpu = greedy(model, mode, "cuda"), greedy(model, mode, "cpu")
-    flips = []
-    for prompt, ours, theirs, margins in zip(
-        PROMPTS, on_gpu["tokens"], on_cpu["tokens"], on_cpu["margins"], strict=True
-    ):
-        assert len(ours) == len(theirs) == NEW_TOKENS
-        first = next((i for i in range(NEW_TOKENS) if ours[i] != theirs[i]), NEW_TOKENS)
-        print(f"{prompt!r}: {first} of {NEW_TOKENS} tokens equal" + (f", margin {margins[first]:.4f}" if first < NEW_TOKENS else ""))
-        if first < EQUAL_TOKENS:
-            flips.append((prompt, first, margins[first]))
-    unexplained = [flip for flip in flips if flip[2] > TIE[str(dtype).removeprefix("torch.")]]
-    assert not unexplained, f"(prompt, token, logit margin) of tokens that differ: {unexplained}"
+class OnCpu:
+    """What the CPU writes with a checkpoint, by the engine, and how far the likeliest token is ahead each time."""
+
+    def __init__(self, dtype: torch.dtype, mode: str, directory: Path) -> None:
+        self.model, self.mode = checkpoint_in(dtype, directory), mode
+        self._tie = TIE[str(dtype).removeprefix("torch.")]
+        found = run("greedy.py", self.model, mode, "cpu")
+        self.tokens, self._margins = found["tokens"], found["margins"]
+
+    def compare(self, equal: list[int]) -> None:
+        """``equal``: of each prompt, with how many of the CPU's tokens a GPU's begin."""
+        flips = []
+        for prompt, first, margins in zip(PROMPTS, equal, self._margins, strict=True):
+            apart = f", margin {margins[first]:.4f}" if first < NEW_TOKENS else ""
+            print(f"{prompt!r}: {first} of {NEW_TOKENS} tokens equal{apart}")
+            if first < EQUAL_TOKENS:
+                flips.append((prompt, first, margins[first]))
+        unexplained = [flip for flip in flips if flip[2] > self._tie]
+        assert not unexplained, f"(prompt, token, logit margin) of tokens that differ: {unexplained}"
+
+
+@pytest.fixture(
+    scope="module", params=[(torch.float16, "wf6af16"), (torch.bfloat16, "wf6a16")], ids=["fp16", "bf16"]
+)
+def on_cpu(request, tmp_path_factory) -> OnCpu:
+    return OnCpu(*request.param, tmp_path_factory.mktemp("model"))
+
+
+def test_greedy_tokens_are_the_cpus(on_cpu):
+    tokens = run("greedy.py", on_cpu.model, on_cpu.mode, "cuda")["tokens"]
+    assert [len(ours) for ours in tokens] == [NEW_TOKENS] * len(PROMPTS)
+    on_cpu.compare([leading(lambda i: ours[i] == theirs[i]) for ours, theirs in zip(tokens, on_cpu.tokens, strict=True)])
+
+
+def test_pipelines_text_is_the_cpus(on_cpu):
+    """``mii.pipeline`` on the GPU; a text has no tokens, so it is compared with that of each number of the CPU's."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(on_cpu.model)
+    texts = run("pipeline_text.py", on_cpu.model, on_cpu.mode, "cuda")
+    equal = []
+    for text, theirs in zip(texts, on_cpu.tokens, strict=True):
+        if text == tokenizer.decode(theirs):
+            equal.append(NEW_TOKENS)
+        else:
+            equal.append(leading(lambda i: text.startswith(tokenizer.decode(theirs[: i + 1]))))
+    on_cpu.compare(equal)
+
+
+def leading(is_equal: Callable[[int], bool]) -> int:
+    """How many of the tokens from the first on are equal."""
+    return next((i for i in range(NEW_TOKENS) if not is_equal(i)), NEW_TOKENS)
