@@ -2,9 +2,9 @@
 // bf16.
 //
 // They are multiplied by the power of two that takes the largest magnitude among them to [2^15, 2^16), or by so much less
-// as larger ones may follow; their products' sum is multiplied by the inverse. Where none may follow, values of at least 2^-32 of the largest stay exact, smaller ones are off by at most
-// 2^-40 of it. Where all are below 2^-110 they are multiplied by 2^126, and exact too. An infinity or NaN stays one, and
-// spoils its own token only.
+// as larger ones may follow; their products' sum is multiplied by the inverse. Where none may follow, values of at least
+// 2^-32 of the largest stay exact, smaller ones are off by at most 2^-40 of it. Where all are below 2^-110 they are
+// multiplied by 2^126, and exact too. An infinity or NaN stays one, and spoils its own token only.
 #pragma once
 
 #include <cuda_fp16.h>
