@@ -36,12 +36,18 @@ float read_element(const Tensor& t, int64_t row, int64_t column, cudaStream_t st
     }
 }
 
-// What the kernel refused, read back: the one synchronization of quantization.
+// Where a kernel writes what it refuses: memory of the host, which costs neither a launch before the kernel nor a copy after
+// it.
+Tensor nothing_refused() {
+    const Tensor refused = at::empty({2}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
+    *reinterpret_cast<Refused*>(refused.mutable_data_ptr<int64_t>()) = {Refused::kNone, Refused::kNone};
+    return refused;
+}
+
+// What the kernel refused: the one synchronization of quantization.
 void check_refused(const Tensor& refused, const Tensor& w, const Tensor& scales, cudaStream_t stream) {
-    Refused found;
-    C10_CUDA_CHECK(
-        cudaMemcpyAsync(&found, refused.const_data_ptr<int64_t>(), sizeof(found), cudaMemcpyDeviceToHost, stream));
     C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+    const Refused found = *reinterpret_cast<const Refused*>(refused.const_data_ptr<int64_t>());
     if (found.weight != Refused::kNone) {
         const int64_t row = found.weight / w.size(1), column = found.weight % w.size(1);
         TORCH_CHECK_VALUE(false, "weight[", row, ", ", column, "] is ", read_element(w, row, column, stream),
@@ -76,8 +82,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& w, int64_t exponent_bits, int6
     const Tensor dense = w.stride(1) == 1 || k == 1 ? w : w.contiguous();
     Tensor packed = empty_tiles(bits, n, k, w.options());
     Tensor out_scales = at::empty({n, groups}, w.options().dtype(at::kFloat));
-    Tensor refused = at::empty({2}, w.options().dtype(at::kLong));
-    C10_CUDA_CHECK(cudaMemsetAsync(refused.mutable_data_ptr<int64_t>(), 0xFF, sizeof(Refused), stream));
+    const Tensor refused = nothing_refused();
 
     QuantizeProblem p{};
     p.exponent_bits = static_cast<int>(exponent_bits), p.mantissa_bits = static_cast<int>(mantissa_bits);

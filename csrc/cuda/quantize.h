@@ -25,7 +25,7 @@ struct QuantizeProblem {
     const float* given;      // [n, groups], or null: scales are computed
     uint8_t* tiles;          // [ceil(n / 64), ceil(k / 64), 512 * bits]
     float* scales;           // [n, groups]
-    Refused* refused;        // both kNone before
+    Refused* refused;        // both kNone before; may be memory of the host
 };
 
 struct DequantizeProblem {
