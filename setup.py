@@ -95,7 +95,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-timeout", "matplotlib", *SERVE, *TRITON, "openai>=2", "lm-eval[api]>=0.4.9"],
-        "bench": ["matplotlib"],
+        "bench": ["matplotlib", "nvidia-ml-py"],
         "serve": SERVE,
         "triton": TRITON,
     },

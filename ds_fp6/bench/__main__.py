@@ -10,6 +10,7 @@ from collections.abc import Sequence
 #: Name of a command, and of its module; only the one that runs is imported.
 COMMANDS = {
     "linear": "the FP6 linear layer against torch's, for shapes of well-known models",
+    "energy": "joules that a linear layer draws on a GPU, FP6 and cuBLAS",
     "quantize": "quantization to packed codes, for shapes of well-known models",
     "generate": "loading and generating with a model of any shape and random weights",
     "step": "one step of the engine: time by class of kernel, and the floor",

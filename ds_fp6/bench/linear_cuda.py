@@ -68,8 +68,8 @@ class Result:
         return self.seconds["cublas"] / self.seconds[contender]
 
 
-def replay_of(run: Callable[[int], object], launches: int) -> Callable[[], float]:
-    """Captures ``run(0), ..., run(launches - 1)``; calling the result replays them and returns seconds a launch."""
+def captured(run: Callable[[int], object], launches: int) -> torch.cuda.CUDAGraph:
+    """A graph of ``run(0), ..., run(launches - 1)``, which have run once before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
@@ -81,6 +81,12 @@ def replay_of(run: Callable[[int], object], launches: int) -> Callable[[], float
         for copy in range(launches):
             run(copy)
         graph.capture_end()
+    return graph
+
+
+def replay_of(run: Callable[[int], object], launches: int) -> Callable[[], float]:
+    """Captures ``launches`` of ``run``; calling the result replays them and returns seconds a launch."""
+    graph = captured(run, launches)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def seconds() -> float:
@@ -121,9 +127,11 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
 
 
 class Weights:
-    """Copies of one random weight, packed and dense, and of humming's form of it where that is installed."""
+    """Copies of one random weight, packed and dense, and, for ``rivals``, of humming's form where that is installed."""
 
-    def __init__(self, n: int, k: int, fmt: Format, group_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, n: int, k: int, fmt: Format, group_size: int, dtype: torch.dtype, rivals: bool = True
+    ) -> None:
         self.n, self.k, self.fmt, self.group_size = n, k, fmt, group_size
         cache = torch.cuda.get_device_properties().L2_cache_size
         shape = ops.packed_shape(torch.device("cuda"), fmt.bits, n, k)
@@ -135,7 +143,8 @@ class Weights:
         self.scales = torch.rand((n, number_of_groups(k, group_size)), device="cuda") / math.sqrt(k)
         dense = torch.randn((n, k), dtype=dtype, device="cuda")
         self.dense = [dense] + [dense.clone() for _ in range(CACHES * cache // dense.nbytes)]
-        self.humming = self._humming(len(self.tiles)) if fmt == Format(3, 2) and group_size == 0 else []
+        races = rivals and fmt == Format(3, 2) and group_size == 0
+        self.humming = self._humming(len(self.tiles)) if races else []
 
     def _humming(self, copies: int) -> list[torch.nn.Module]:
         if importlib.util.find_spec("humming") is None:
