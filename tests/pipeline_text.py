@@ -1,6 +1,8 @@
 """Greedy text of a checkpoint through ``mii.pipeline`` on this process's accelerator, as JSON: run as a program.
 
     python tests/pipeline_text.py MODEL MODE NEW_TOKENS < prompts.json > texts.json
+
+It imports MII only, which this package hooks by itself where it is installed.
 """
 
 from __future__ import annotations

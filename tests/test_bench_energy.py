@@ -7,7 +7,7 @@ import torch
 
 from ds_fp6.bench import models
 from ds_fp6.bench.__main__ import main
-from ds_fp6.bench.energy import MEASURED, WARM_UP, Draw, header, line, measure
+from ds_fp6.bench.energy import MEASURED, WARM_UP, Draw, header, line, measure, summary
 
 
 class Gpu:
@@ -49,6 +49,11 @@ def test_a_line_has_a_column_for_each_title():
         "gate_up", "64", "100.0", "70.00", "700", "1500", "100%", "200.0", "140.00", "700", "1700", "25%", "2.00",
     ]  # fmt: skip
     assert len(header()) == len(text)
+
+
+def test_the_mean_is_geometric():
+    layers = [{"fp6": Draw(1, 1, 1500, 1), "cublas": Draw(1, joules, 1500, 1)} for joules in (2.0, 8.0)]
+    assert summary({64: layers}) == ["M =    64: cuBLAS draws 4.00 times FP6's energy"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU and would measure it")

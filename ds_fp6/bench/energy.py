@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -157,6 +158,15 @@ def header() -> str:
     return f"{'layer':8} {'M':>5}{columns} {'x energy':>8}"
 
 
+def summary(draws: dict[int, list[dict[str, Draw]]]) -> list[str]:
+    """For each M the geometric mean over the layers of cuBLAS's joules over FP6's."""
+    lines = []
+    for m, layers in draws.items():
+        mean = math.exp(statistics.mean(math.log(d["cublas"].joules / d["fp6"].joules) for d in layers))
+        lines.append(f"M = {m:5}: cuBLAS draws {mean:.2f} times FP6's energy")
+    return lines
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 2 if this machine cannot measure it."""
     try:
@@ -168,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     mode = Mode.parse(args.quantization_mode)
     torch.manual_seed(0)
-    figures = []
+    figures, by_m = [], {m: [] for m in args.m}
     print(f"{torch.cuda.get_device_name()}, {args.quantization_mode}, {args.dtype}\n{header()}")
     for layer in models.linear_shapes(args.model, args.tp):
         weights = Weights(layer.n, layer.k, mode.format, mode.group_size, DTYPES[args.dtype], rivals=False)
@@ -178,9 +188,11 @@ def run(args: argparse.Namespace) -> int:
             for name, call in sorted(weights.contenders(x).items(), reverse=True):
                 draws[name] = measure(Work(call, _calls_of(call)).turn, meter)
             print(line(layer, m, draws), flush=True)
+            by_m[m].append(draws)
             figures.append({"layer": layer.name, "m": m, **{name: dataclasses.asdict(d) for name, d in draws.items()}})
         del weights
         torch.cuda.empty_cache()
+    print("\n" + "\n".join(summary(by_m)))
     if args.json:
         args.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": figures}, indent=2))
     return 0
