@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import ahead
 import models
 import pytest
 import torch
-from transformers import AutoTokenizer
+from interpreted_engine import STATE, logits, shipped_tokens
 from triton_device import DEVICE
 
 import ds_fp6.integrations.engine as fastgen
@@ -15,50 +19,45 @@ from ds_fp6.integrations.deepspeed import attention, pointwise, refusals, rotary
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares with the CPU's operators, in Triton's interpreter")
 
-SHIPPED = Path(__file__).parent.parent / "examples" / "tiny-python-llama"
+ROOT = Path(__file__).parent.parent
 FAMILIES = ("llama_gqa", "llama_yarn", "mistral", "phi", "opt", "falcon")
-STATE = dict(max_ragged_batch_size=96, max_ragged_sequence_count=4, max_tracked_sequences=4)
-PROMPTS = [torch.arange(3, 60), torch.arange(5, 9), torch.arange(60, 66)]
 
 
-def logits(path: str, prompts: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
-    """Of the prompts' step and ``steps`` decode steps, whose tokens are given, and of a mixed batch at the end."""
-    engine = fastgen.build_engine(path, None, memory_config={"mode": "allocate", "size": 8}, **STATE)
-    found = [fastgen.step(engine, dict(enumerate(prompts))).clone()]
-    for i in range(steps):
-        tokens = {uid: torch.tensor([(7 * uid + i) % 250]) for uid in range(len(prompts))}
-        found.append(fastgen.step(engine, tokens).clone())
-    found.append(fastgen.step(engine, {0: torch.tensor([9]), 1: torch.arange(3), 2: torch.tensor([8])}).clone())
-    return found
+def interpreted(folder: Path, *what: str) -> tuple[subprocess.CompletedProcess, Path] | None:
+    """``interpreted_engine.py`` with Triton's kernels, and where it has written; nothing where the tests are skipped."""
+    if DEVICE != "cpu":
+        return None
+    environment = {**ahead.ENVIRONMENT, attention.VARIABLE: "triton", pointwise.VARIABLE: "triton"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    return ahead.run(sys.executable, ROOT / "tests" / "interpreted_engine.py", folder, *what, env=environment), folder
 
 
+def families(folder: Path):
+    return interpreted(folder, *FAMILIES)
+
+
+def shipped(folder: Path):
+    return interpreted(folder, "shipped")
+
+
+def found_in(made: tuple[subprocess.CompletedProcess, Path], what: str):
+    program, folder = made
+    assert program.returncode == 0, program.stderr[-3000:]
+    return torch.load(folder / f"{what}.pt")
+
+
+@ahead.made_by(families)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_cpus_operators(family, tmp_path, monkeypatch):
-    size = {} if family == "llama_gqa" else {"hidden_size": 128}
-    size |= {"word_embed_proj_dim": 128} if family == "opt" else {}
-    path = models.save(models.build(family, torch.float16, **size), tmp_path)
-    expected = logits(path, PROMPTS, 2)
-    monkeypatch.setenv(attention.VARIABLE, "triton")
-    monkeypatch.setenv(pointwise.VARIABLE, "triton")
-    found = logits(path, PROMPTS, 2)
-    for ours, theirs in zip(found, expected, strict=True):
+def test_logits_are_those_of_the_cpus_operators(family, made):
+    found = found_in(made, family)
+    for ours, theirs in zip(found, logits(made[1] / family), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
-def test_the_shipped_models_text_is_the_same(monkeypatch):
+@ahead.made_by(shipped)
+def test_the_shipped_models_text_is_the_same(made):
     """Its likeliest tokens lie apart by 0.14 at least here, some ten times what rounding moves logits."""
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    texts = ["for i in range(", "def read_file(path):\n    with open("]
-    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-    found = []
-    for _ in range(2):
-        engine = fastgen.build_engine(
-            SHIPPED, "wf6af16", memory_config={"mode": "allocate", "size": 4}, max_context=256, **STATE
-        )  # fmt: skip
-        found.append(fastgen.generate(engine, prompts, 12)[0])
-        monkeypatch.setenv(attention.VARIABLE, "triton")
-        monkeypatch.setenv(pointwise.VARIABLE, "triton")
-    assert torch.equal(*found), [tokenizer.batch_decode(tokens) for tokens in found]
+    assert torch.equal(found_in(made, "shipped"), shipped_tokens())
 
 
 def test_the_module_is_ours_when_asked_for(tmp_path, monkeypatch):

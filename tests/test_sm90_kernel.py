@@ -124,14 +124,17 @@ def test_conversion_of_activations_does_not_spill(tmp_path: Path) -> None:
     assert all(int(count) <= 64 for count in re.findall(r"Used (\d+) registers", report)), report
 
 
-@needs_nvcc
-def test_the_race_of_tiles_compiles(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}", f"-I{CUDA}", "-DRACE_BF16",
-         "-DTILES=RACE(Tile8)", "-o", str(tmp_path / "race_tiles"), str(ROOT / "tests" / "cpp" / "race_tiles.cu")],
-        capture_output=True, text=True,
+def race(folder: Path) -> subprocess.CompletedProcess:
+    return ahead.run(
+        NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}", f"-I{CUDA}", "-DRACE_BF16",
+        "-DTILES=RACE(Tile8)", "-o", folder / "race_tiles", ROOT / "tests" / "cpp" / "race_tiles.cu",
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_nvcc
+@ahead.made_by(race)
+def test_the_race_of_tiles_compiles(made: subprocess.CompletedProcess) -> None:
+    assert made.returncode == 0, made.stdout + made.stderr
 
 
 #: A file of kernels, how many there are in it, and the registers with which those of some tiles start.
