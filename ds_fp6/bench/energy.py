@@ -89,7 +89,7 @@ class NvmlMeter:
 
 
 class Work:
-    """Replays of a graph with so many calls, one of them always ahead of the one that is waited for."""
+    """Replays of a graph with so many calls, two of them always ahead of the one that is waited for."""
 
     def __init__(self, run: Callable[[int], object], calls: int) -> None:
         self._graph, self._calls = captured(run, calls), calls
