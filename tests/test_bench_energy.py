@@ -62,7 +62,12 @@ def test_refuses_without_a_gpu(capsys: pytest.CaptureFixture[str]):
     assert "energy: torch sees no NVIDIA GPU" in capsys.readouterr().err
 
 
-def test_tokens_are_numbers(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "option, text, message",
+    [("--m", "0,4", "whole numbers of at least 1"), ("--m", "4,", "whole numbers of at least 1"), ("--zeros", "2", "a number from 0 to 1")],
+)  # fmt: skip
+def test_bad_arguments(option: str, text: str, message: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        main(["energy", "--m", "0,4"])
-    assert "must be numbers of tokens such as 1,64, got '0,4'" in capsys.readouterr().err
+        main(["energy", option, text])
+    error = capsys.readouterr().err
+    assert message in error and f"got '{text}'" in error

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from ds_fp6.bench import models
+from ds_fp6.bench import arguments, models
 from ds_fp6.bench.linear_cuda import DTYPES, Weights, activations, captured
 from ds_fp6.formats import Mode
 
@@ -130,19 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization-mode", default="wf6af16", help="format and group size, such as wf5af16")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     tokens = "numbers of tokens; default 1,16,64,256,4096"
-    parser.add_argument("--m", type=_counts, default=_counts("1,16,64,256,4096"), metavar="M,M", help=tokens)
-    parser.add_argument("--zeros", type=float, default=0.0, help="share of x that is 0")
+    parser.add_argument("--m", type=arguments.integers, default=[1, 16, 64, 256, 4096], metavar="M,M", help=tokens)
+    parser.add_argument("--zeros", type=arguments.share, default=0.0, metavar="SHARE", help="share of x that is 0")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        counts = [int(number) for number in text.split(",") if number]
-        if counts and min(counts) > 0:
-            return counts
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be numbers of tokens such as 1,64, got {text!r}")
 
 
 def line(layer: models.LinearShape, m: int, draws: dict[str, Draw]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ds_fp6.bench import models
+from ds_fp6.bench import arguments, models
 from ds_fp6.bench.memory import PeakMemory
 
 
@@ -24,15 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-2-70b", help=f"a directory with config.json, or one of: {shapes}")
     parser.add_argument("--quantization-mode", default="wf6af16", help="'none' for 16-bit weights")
     parser.add_argument("--load-format", default="dummy", choices=["dummy", "auto"])
-    parser.add_argument("--batch", type=_integers, default=[1, 8, 32], help="batch sizes, comma-separated")
+    parser.add_argument("--batch", type=arguments.integers, default=[1, 8, 32], help="batch sizes, comma-separated")
     parser.add_argument("--prompt-length", type=int, default=100, help="tokens in each prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate for each prompt")
     parser.add_argument("--layers", type=int, help="only the first so many transformer layers")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 
 from ds_fp6 import ops
-from ds_fp6.bench import models
+from ds_fp6.bench import arguments, models
 from ds_fp6.formats import Format
 from ds_fp6.pack import row_bytes, unpack
 from ds_fp6.quantize import dequantize_reference, number_of_groups
@@ -242,13 +242,6 @@ def as_json(results: list[Result], ceiling: float, device: Device) -> dict:
     }
 
 
-def _integers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"must all be at least 1, got {text}")
-    return values
-
-
 def _shape(text: str) -> models.LinearShape:
     n, separator, k = text.lower().partition("x")
     if not (separator and n.isdigit() and k.isdigit() and int(n) and int(k)):
@@ -266,29 +259,19 @@ def _format(text: str) -> Format:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
-    return share
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=sorted([*DEVICES, "cuda"]))
     names = ", ".join(models.CONFIGS)
     parser.add_argument("--model", help=f"whose layers to take (default llama-2-7b, on a GPU llama-2-70b): {names}")
     parser.add_argument("--tp", type=int, default=1, help="take a rank's share of the model's layers")
     parser.add_argument("--shape", type=_shape, action="append", metavar="NxK", help="instead of a model's; repeatable")
-    parser.add_argument("--m", type=_integers, help="rows of x, comma-separated")
+    parser.add_argument("--m", type=arguments.integers, help="rows of x, comma-separated")
     types = "of x; both: bf16 and fp32, on a GPU fp16"
     parser.add_argument("--dtype", default="both", choices=[*DTYPES, "both"], help=types)
     parser.add_argument("--format", type=_format, default=Format(3, 2), help="of the weights (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=0, help="weights that share a scale; 0: a row")
     parser.add_argument(
-        "--zeros", type=_share, default=0.0, metavar="SHARE",
+        "--zeros", type=arguments.share, default=0.0, metavar="SHARE",
         help="of x that is 0, from 0 to 1 (--device cuda): a GPU at its power limit is faster on zeros",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, help="default: torch's")
