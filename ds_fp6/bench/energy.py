@@ -80,11 +80,7 @@ class NvmlMeter:
 
     def is_held(self) -> bool:
         nvml = self._nvml
-        power = (
-            nvml.nvmlClocksThrottleReasonSwPowerCap
-            | nvml.nvmlClocksThrottleReasonHwSlowdown
-            | nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
-        )
+        power = nvml.nvmlClocksThrottleReasonSwPowerCap | nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
         return bool(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._device) & power)
 
 

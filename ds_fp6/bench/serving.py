@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from ds_fp6 import __version__
-from ds_fp6.bench import models, serving_metrics, serving_report
+from ds_fp6.bench import arguments, models, serving_metrics, serving_report
 from ds_fp6.bench.serving_metrics import Request
 from ds_fp6.bench.serving_report import DENSE
 from ds_fp6.bench.step import UPSTREAM, UPSTREAM_ENVIRONMENT
@@ -73,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--modes", type=_names, help=modes)
     tp = "tensor-parallel degrees; default 1, but 2 for 16-bit weights of the published experiment"
-    parser.add_argument("--tp", type=_integers, metavar="N,N", help=tp)
+    parser.add_argument("--tp", type=arguments.integers, metavar="N,N", help=tp)
     for name, text in (("clients", "clients"), ("generation", "tokens in each answer")):
         both = default.format(*("/".join(map(str, setting[name])) for setting in (PUBLISHED, SMALL)))
-        parser.add_argument(f"--{name}", type=_integers, metavar="N,N", help=f"{text}; {both}")
+        parser.add_argument(f"--{name}", type=arguments.integers, metavar="N,N", help=f"{text}; {both}")
     for name, text in (("requests", "requests of a configuration"), ("prompt_length", "mean tokens of a prompt")):
         both = default.format(PUBLISHED[name], SMALL[name])
         parser.add_argument(f"--{name.replace('_', '-')}", type=_positive, metavar="N", help=f"{text}; {both}")
@@ -112,10 +112,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def _integers(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
 
 
 def configurations(args: argparse.Namespace) -> list[Configuration]:
