@@ -88,10 +88,12 @@ inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
 //                                                       decode step 8B's down 1.9 less; whole, as above, its qkv and o
 //                                                       2.3 less
 //           any                               two panels
-//   <= 48   tiles of 4 panels for most SMs    wide      gate_up 96.7 (tiles of 64 tokens 105.0)
-//           >= 2^27 weights                   wide cut  down 50.0 (64 tokens 54.6)
-//           any                               cut       qkv 24.2, o 18.5 (64 tokens 25.5, 19.4; wide 25.5, 20.8)
-//   <= 64   the same                                    gate_up 110 (cut 115), down 56.2 (wide 57.6), o 19.3 (wide 22.5)
+//   <= 48   tiles of 4 panels for most SMs    wide      gate_up 94.5 (cut 97.1; tiles of 64 tokens 104.6)
+//           any                               cut       qkv 19.5 (wide 23.0; 64 tokens 22.1), o 15.2 (19.8; 17.0), down
+//                                                       46.6 (49.8; 52.7)
+//   <= 64   tiles of 4 panels for most SMs    wide      gate_up 110 (cut 115)
+//           >= 2^27 weights                   wide cut  down 56.2 (wide 57.6)
+//           any                               cut       o 19.3 (wide 22.5)
 //   > 32    a short K, fewer tiles than SMs   whole     8B's gate_up and qkv, on an H100: 34.5 (cut 35.8) and 10.5
 //                                                       (11.6) at 64 tokens, 34.1 (35.1) and 10.2 (11.1) at 48
 inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
@@ -116,8 +118,7 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     }
     if (p.m <= 48) {
         if (fill(Tile48(), 3)) return plan<Tile48>(Tiling::of<Tile48>(p, device).whole_if_cutting_saves(10));
-        if (large) return plan<Tile48WideCut>();
-        return plan<Tile48Cut>(Tiling::of<Tile48Cut>(p, device).whole_if_cutting_saves(10));
+        return plan<Tile48Cut>(Tiling::of<Tile48Cut>(p, device).whole_if_cutting_saves(5));
     }
     if (fill(Tile64(), 3)) return plan<Tile64>(Tiling::of<Tile64>(p, device).whole_if_cutting_saves(10));
     if (large) return plan<Tile64WideCut>();

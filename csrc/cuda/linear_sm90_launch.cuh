@@ -30,19 +30,19 @@ inline EncodeTiled encode_tiled() {
     return function;
 }
 
-// x [m, k] of 16-bit values, rows `stride` elements apart, as boxes of 64 columns and `rows` rows with the 128-byte
-// swizzle.
-inline cudaError_t map_activations(CUtensorMap* map, const LinearProblem& problem, int rows) {
+// x [m, k] of 16-bit values, rows `stride` elements apart, with the 128-byte swizzle. A box is `blocks` times 64 columns of
+// `rows` rows: of [k / 64, m, 64], or, if it is one, of [1, m, k], where k need not be a multiple of 64.
+inline cudaError_t map_activations(CUtensorMap* map, const LinearProblem& problem, int rows, int blocks) {
     if (encode_tiled() == nullptr) return cudaErrorNotSupported;
-    const int64_t stride = problem.m == 1 ? problem.k : problem.x_stride;
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(problem.k), static_cast<cuuint64_t>(problem.m)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-    const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(rows)};
-    const cuuint32_t steps[2] = {1, 1};
+    const cuuint64_t k = problem.k, m = problem.m, row_bytes = 2 * (m == 1 ? problem.k : problem.x_stride);
+    const cuuint64_t sizes[3] = {blocks > 1 ? 64 : k, m, blocks > 1 ? k / 64 : 1};
+    const cuuint64_t strides[2] = {row_bytes, 128};
+    const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(blocks)};
+    const cuuint32_t steps[3] = {1, 1, 1};
     const CUresult result = encode_tiled()(
-        map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(problem.x), sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(problem.x), sizes, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -87,7 +87,8 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     cudaError_t status = prepare<T, C, kGrouped>(device.index);
     if (status != cudaSuccess) return status;
     CUtensorMap x_map, weights_map{};
-    status = map_activations(&x_map, problem, T::kTokens);
+    const int x_blocks = problem.k % 64 == 0 ? T::kCopiedBlocks : 1;
+    status = map_activations(&x_map, problem, T::kTokens, x_blocks);
     if (status == cudaSuccess && T::kMapsWeights) status = map_weights<T, C::kBits>(&weights_map, problem);
     if (status != cudaSuccess) return status;
 
@@ -99,6 +100,7 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     p.bias_is_fp32 = problem.bias != nullptr && problem.bias_dtype == Dtype::kFloat32;
     p.gate = problem.gate;
     p.y = problem.y;
+    p.x_blocks = x_blocks;
     p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + kWorkspaceFlagBytes);
     p.m = problem.m, p.n = problem.n;
     p.groups = problem.groups, p.group_blocks = kGrouped ? problem.group_size / 64 : 1;

@@ -20,6 +20,7 @@ struct Problem {
     void* y;               // [m, n]; with a gate [m, n / 2]
     float* partials;       // [consumers of the grid][sums of a consumer], kAbsentSum where there is none
     int m, n;
+    int x_blocks;      // 64-wide blocks of K in a copy of x: all of a stage, or one
     int groups;        // 1: one scale a channel
     int group_blocks;  // 64-wide blocks of K that share a scale
     bool bias_is_fp32;
@@ -183,8 +184,8 @@ constexpr int kMapRowBytes = kBits % 2 == 0 ? 1024 : 512;
 // zeros, or, where no map does so, is left out: what lies in shared memory instead is finite as weights, and the
 // activations there, or the channels, are none.
 template <class T, int kBits>
-__device__ inline void copy_stage(const Problem& p, const CUtensorMap* map, uint32_t target, int panel, int block,
-                                  uint32_t barrier, uint64_t policy) {
+__device__ inline void copy_stage_weights(const Problem& p, const CUtensorMap* map, uint32_t target, int panel,
+                                          int block, uint32_t barrier, uint64_t policy) {
     using Layout = SharedLayout<T, kBits>;
     if constexpr (T::kMapsWeights) {
         constexpr int kRows = Layout::kWeightBlock / kMapRowBytes<kBits>;
@@ -211,7 +212,7 @@ __device__ inline void copy_weights(const Problem& p, const CUtensorMap* map, co
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_first();
     const int ahead_bytes = (T::kTokens > 32 && T::kPanels == 2 ? 24 : p.x_scales ? 48 : 72) * 1024;
-    int ahead = ahead_bytes / Layout::kWeightStage, unused = Layout::kStages;  // stages
+    int ahead = max(1, ahead_bytes / Layout::kWeightStage), unused = Layout::kStages;  // stages
     typename Ring<T, kBits>::Slot slot;
     const auto ready = [&] {
         if constexpr (T::kMapsWeights) tensor_prefetch(map);
@@ -221,14 +222,29 @@ __device__ inline void copy_weights(const Problem& p, const CUtensorMap* map, co
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
             if (ahead-- == 0) wait_for_earlier_grids();
             if (unused-- <= 0) ring.wait_empty(slot);
-            copy_stage<T, kBits>(p, map, ring.weights(slot.index), origin.n * T::kPanels, step * T::kBlocks,
-                                 ring.full(slot.index), policy);
+            copy_stage_weights<T, kBits>(p, map, ring.weights(slot.index), origin.n * T::kPanels, step * T::kBlocks,
+                                         ring.full(slot.index), policy);
         }
     });
 }
 
-// A warp; its first thread copies. The tensor map fills rows past m and columns past k with zeros, and counts their
-// bytes.
+// Copies a stage's activations: T::kBlocks blocks from `block` of T::kTokens tokens from `token`. What is not there becomes
+// zeros, whose bytes count.
+template <class T, int kBits>
+__device__ inline void copy_stage_activations(const Problem& p, const CUtensorMap* map, uint32_t target, int token,
+                                              int block, uint32_t barrier, uint64_t policy) {
+    using Layout = SharedLayout<T, kBits>;
+    barrier_arrive_expect(barrier, Layout::kActivationStage);
+    if (T::kCopiedBlocks > 1 && p.x_blocks > 1) {
+        tensor_copy(target, map, 0, token, block, barrier, policy);
+    } else {
+        for (int i = 0; i < T::kBlocks; ++i) {
+            tensor_copy(target + i * Layout::kActivationBlock, map, (block + i) * 64, token, 0, barrier, policy);
+        }
+    }
+}
+
+// A warp; its first thread copies.
 template <class T, int kBits>
 __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_map, const Ring<T, kBits>& ring,
                                         int worker, int rank, int lane) {
@@ -242,11 +258,8 @@ __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_m
     visit_pieces<T>(p.schedule, worker, rank, lane, ready, [&](const Piece& own, const TileOrigin& origin) {
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
             ring.wait_empty(slot);
-            barrier_arrive_expect(ring.landed(slot.index), Layout::kActivationStage);
-            for (int i = 0; i < T::kBlocks; ++i) {
-                tensor_copy(ring.activations(slot.index) + i * Layout::kActivationBlock, x_map,
-                            (step * T::kBlocks + i) * 64, origin.m * T::kTokens, ring.landed(slot.index), policy);
-            }
+            copy_stage_activations<T, kBits>(p, x_map, ring.activations(slot.index), origin.m * T::kTokens,
+                                             step * T::kBlocks, ring.landed(slot.index), policy);
         }
     });
 }

@@ -32,6 +32,10 @@ struct Tile {
     // long copies, and up to 32 tokens it is the limit (docs/kernels.md, version 38).
     static constexpr bool kMapsWeights = kTokens > 32 || (kTokens == 32 && kClusterK > 1);
 
+    // Blocks of K in a copy of activations: a stage's, or, of few tokens, one: of 8, four copies are faster than one of all
+    // (docs/kernels.md, version 54).
+    static constexpr int kCopiedBlocks = kTokens > 8 ? kBlocks : 1;
+
     static_assert(kConsumers % kSplit == 0 && kPanels % kGroups == 0 && kBlocks % kSplit == 0, "even shares");
     static_assert(kUnits % 2 == 0, "the two register buffers alternate with the units");
     static_assert(kClusterK == 1 || kClusterK == 2, "blocks exchange halves");
@@ -54,8 +58,7 @@ using Tile32 =          Tile<2,  32,   4,    5,     4,      2,    1>;
 using Tile32Cut =       Tile<2,  32,   2,   10,     2,      1,    2>;
 using Tile32Wide =      Tile<4,  32,   2,    6,     2,      1,    1>;
 using Tile48 =          Tile<4,  48,   2,    5,     2,      1,    1>;
-using Tile48Cut =       Tile<2,  48,   2,    7,     2,      1,    2>;
-using Tile48WideCut =   Tile<4,  48,   2,    5,     2,      1,    2>;
+using Tile48Cut =       Tile<2,  48,   4,    4,     2,      1,    2>;
 using Tile64 =          Tile<4,  64,   2,    5,     2,      1,    1>;
 using Tile64Cut =       Tile<2,  64,   2,    7,     2,      1,    2>;
 using Tile64WideCut =   Tile<4,  64,   2,    5,     2,      1,    2>;
@@ -111,13 +114,12 @@ private:
 
 // Where channels have one scale, and where they have several: two sets of sums leave no registers for more.
 using UngroupedTiles =
-    TileList<Tile8, Tile8Wide, Tile16, Tile16Cut, Tile16Wide, Tile32, Tile32Cut, Tile32Wide, Tile48, Tile48Cut,
-             Tile48WideCut, Tile64, Tile64Cut, Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow,
-             Tile128Cut>;
+    TileList<Tile8, Tile8Wide, Tile16, Tile16Cut, Tile16Wide, Tile32, Tile32Cut, Tile32Wide, Tile48, Tile48Cut, Tile64,
+             Tile64Cut, Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow, Tile128Cut>;
 using GroupedTiles = TileList<Tile8, Tile16, Tile32Grouped, Tile64>;
 // What bf16 activations take of UngroupedTiles: those that stay bf16, and those that become fp16 in the ring.
-using BFloat16Tiles = TileList<Tile8, Tile16, Tile16Cut, Tile32Cut, Tile48, Tile48Cut, Tile48WideCut, Tile64, Tile64Cut,
-                               Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow, Tile128Cut>;
+using BFloat16Tiles = TileList<Tile8, Tile16, Tile16Cut, Tile32Cut, Tile48, Tile48Cut, Tile64, Tile64Cut, Tile64WideCut,
+                               Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow, Tile128Cut>;
 
 using ConvertingTiles = TileList<Tile8, Tile8Wide>;
 

@@ -90,15 +90,6 @@ __device__ inline void tensor_prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier,
-                                   uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
-}
-
 __device__ inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, int plane,
                                    uint32_t barrier, uint64_t policy) {
     asm volatile(

@@ -139,12 +139,12 @@ constexpr auto kLaunch = &sm90::launch_tile<T, sm90::Codes<Fmt, Half>, false>;
 
 // Tiles that the heuristics take for weights too many to emulate.
 constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {  // the last two: of activations in bf16
-    kLaunch<sm90::Tile32Wide>,    kLaunch<sm90::Tile64>,          kLaunch<sm90::Tile8Wide>,
-    kLaunch<sm90::Tile16Wide>,    kLaunch<sm90::Tile32>,          kLaunch<sm90::Tile32Cut>,
-    kLaunch<sm90::Tile64WideCut>, kLaunch<sm90::Tile128>,         kLaunch<sm90::Tile128Narrow>,
-    kLaunch<sm90::Tile128Cut>,    kLaunch<sm90::Tile48>,          kLaunch<sm90::Tile48Cut>,
-    kLaunch<sm90::Tile48WideCut>, kLaunch<sm90::Tile96>,          kLaunch<sm90::Tile96Narrow>,
-    kLaunch<sm90::Tile96Cut>,     kLaunch<sm90::Tile64Cut>,       kLaunch<sm90::Tile16Cut>,
+    kLaunch<sm90::Tile32Wide>,     kLaunch<sm90::Tile64>,         kLaunch<sm90::Tile8Wide>,
+    kLaunch<sm90::Tile16Wide>,     kLaunch<sm90::Tile32>,         kLaunch<sm90::Tile32Cut>,
+    kLaunch<sm90::Tile64WideCut>,  kLaunch<sm90::Tile128>,        kLaunch<sm90::Tile128Narrow>,
+    kLaunch<sm90::Tile128Cut>,     kLaunch<sm90::Tile48>,         kLaunch<sm90::Tile48Cut>,
+    kLaunch<sm90::Tile96>,         kLaunch<sm90::Tile96Narrow>,   kLaunch<sm90::Tile96Cut>,
+    kLaunch<sm90::Tile64Cut>,      kLaunch<sm90::Tile16Cut>,
     kLaunch<sm90::Converting<sm90::Tile8Wide>>, kLaunch<sm90::Converting<sm90::Tile8>>,
 };
 constexpr int kConvertingTiles = 2;

@@ -62,37 +62,26 @@ struct EmulatedMap {
     int bytes() const { return element * box[0] * box[1] * box[2]; }
 };
 inline void tensor_prefetch(const CUtensorMap*) {}
-// Activations: rows of 128 bytes whose 16-byte chunks are swizzled.
-inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t address, uint64_t) {
-    EmulatedMap x;
-    std::memcpy(&x, map, sizeof(x));
-    if (target % 1024 != 0 || x.bytes() != x.box[1] * 128) std::printf("bad tensor copy\n"), std::exit(3);
-    need_earlier_grids("copies activations");
-    uint8_t* to = memory(target, 16);
-    Barrier* b = &barrier(address);
-    later([=] {
-        for (int r = 0; r < x.box[1]; ++r) {
-            for (int c = 0; c < 64; ++c) x.read(to + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, {column, row, 0}, c, r, 0);
-        }
-        b->complete(x.bytes());
-    });
-}
-// Weights: dense.
+// Weights, in 8-byte elements, are dense; activations are rows of 128 bytes whose 16-byte chunks are swizzled.
 inline void tensor_copy(uint32_t target, const CUtensorMap* map, int column, int row, int plane, uint32_t address,
                         uint64_t) {
-    EmulatedMap w;
-    std::memcpy(&w, map, sizeof(w));
-    if (target % 128 != 0) std::printf("bad tensor copy\n"), std::exit(3);
+    EmulatedMap m;
+    std::memcpy(&m, map, sizeof(m));
+    const bool swizzled = m.element == 2;
+    if (target % (swizzled ? 1024 : 128) != 0 || (swizzled && m.box[0] != 64)) std::printf("bad tensor copy\n"), std::exit(3);
+    if (swizzled) need_earlier_grids("copies activations");
     uint8_t* to = memory(target, 16);
     Barrier* b = &barrier(address);
     later([=] {
-        uint8_t* next = to;
-        for (int p = 0; p < w.box[2]; ++p) {
-            for (int r = 0; r < w.box[1]; ++r) {
-                for (int c = 0; c < w.box[0]; ++c, next += w.element) w.read(next, {column, row, plane}, c, r, p);
+        int at = 0;
+        for (int p = 0; p < m.box[2]; ++p) {
+            for (int r = 0; r < m.box[1]; ++r) {
+                for (int c = 0; c < m.box[0]; ++c, at += m.element) {
+                    m.read(to + (swizzled ? at ^ at / 128 % 8 * 16 : at), {column, row, plane}, c, r, p);
+                }
             }
         }
-        b->complete(w.bytes());
+        b->complete(m.bytes());
     });
 }
 
