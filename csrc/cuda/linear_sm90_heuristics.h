@@ -80,7 +80,7 @@ inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
 //   <= 8    >= 2^25 weights                   wide      half the activations' traffic: gate_up 82.6 (narrow 85.3), qkv
 //                                                       16.1 (16.4), o 13.3 (13.6); 8B's qkv 7.4 (6.9)
 //           a short K, fewer tiles than SMs   whole     8B's qkv and o, in a decode step: 2.0 and 1.0 less than cut
-//   <= 16   tiles of 2 panels for all SMs     wide      gate_up 82.0 (83.0); qkv 16.9 (16.9), down 42.0 (41.4)
+//   <= 16   tiles of 2 panels for all SMs     wide      gate_up 80.0 (81.9); qkv 16.2 (16.2), down 40.8 (40.4)
 //           small, one round of pairs         cut       8B's down, in a decode step: 0.9 less
 //   <= 32   tiles of 4 panels for all SMs     wide      gate_up 89.3 (two panels 92.0); 8B's 2.6 more
 //           no more than two rounds of pairs  cut       pairs of blocks add up through shared memory: o 14.2 (15.1), qkv

@@ -32,8 +32,8 @@ struct Tile {
     // long copies, and up to 32 tokens it is the limit (docs/kernels.md, version 38).
     static constexpr bool kMapsWeights = kTokens > 32 || (kTokens == 32 && kClusterK > 1);
 
-    // Blocks of K in a copy of activations: a stage's, or, of few tokens, one: of 8, four copies are faster than one of all
-    // (docs/kernels.md, version 54).
+    // Blocks of K in one copy of activations: all of a stage; or one, at 8 tokens, where four copies of 1 KB are faster than
+    // one of 4 KB (docs/kernels.md, version 54).
     static constexpr int kCopiedBlocks = kTokens > 8 ? kBlocks : 1;
 
     static_assert(kConsumers % kSplit == 0 && kPanels % kGroups == 0 && kBlocks % kSplit == 0, "even shares");
