@@ -156,7 +156,7 @@ def _trial(mode: Mode, device: str) -> str | None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(48, 160, generator=generator).to(device)
     x = torch.randn(3, 160, generator=generator).to(device, dtype)
-    weight = PackedWeight.from_dense(dense, mode)
+    weight = PackedWeight.from_dense(dense, mode, dtype=dtype)
     expected = x.double() @ weight.dequantize(torch.float32).double().T
     error = (weight.linear(x).double() - expected).abs().max().item() / expected.abs().max().item()
     tolerance = 4 * torch.finfo(dtype).eps

@@ -16,8 +16,11 @@ import torch
 from ds_fp6.formats import Format
 
 _schemas = torch.library.Library("ds_fp6", "DEF")
+# On a GPU `dtype` is the type of the x that the codes are laid out for: float16 or bfloat16; None is w's own, float16
+# for a float32 w. A CPU's layout is the same for any.
 _schemas.define(
-    "quantize(Tensor w, int exponent_bits, int mantissa_bits, int group_size, Tensor? scales=None) -> (Tensor, Tensor)"
+    "quantize(Tensor w, int exponent_bits, int mantissa_bits, int group_size, Tensor? scales=None, "
+    "ScalarType? dtype=None) -> (Tensor, Tensor)"
 )
 _schemas.define(
     "dequantize(Tensor packed, Tensor scales, int exponent_bits, int mantissa_bits, int group_size, "
@@ -33,7 +36,7 @@ _schemas.define(
     "gated_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int exponent_bits, int mantissa_bits, "
     "int group_size, int activation) -> Tensor"
 )
-_schemas.define("pack(Tensor rows, int exponent_bits, int mantissa_bits, int in_features) -> Tensor")
+_schemas.define("pack(Tensor rows, int exponent_bits, int mantissa_bits, int in_features, ScalarType dtype) -> Tensor")
 _schemas.define(
     "unpack(Tensor tiles, int exponent_bits, int mantissa_bits, int out_features, int in_features) -> Tensor"
 )
@@ -44,8 +47,10 @@ _OPERATORS = {
     "CUDA": ("quantize", "dequantize", "linear", "gated_linear", "pack", "unpack"),
 }
 
-#: Rows (N) and columns (K) of the GPU layout's panels, see csrc/common/layout.h.
-PANEL_ROWS, PANEL_COLUMNS = 64, 64
+#: Types of x that a GPU has layouts for.
+LAYOUT_DTYPES = (torch.float16, torch.bfloat16)
+#: Rows (N) and columns (K) of the GPU layouts' panels, and the blocks of rows in one, see csrc/common/layout.h.
+PANEL_ROWS, PANEL_COLUMNS, PANEL_BLOCKS = 64, 64, 4
 
 _lock = threading.RLock()
 _stubs: dict[str, torch.library.Library] = {}
@@ -116,19 +121,37 @@ def cuda_kernel_name(
     return torch.ops.ds_fp6.cuda_kernel_name(m, n, k, exponent_bits, mantissa_bits, group_size, device)
 
 
-def packed_shape(device: torch.device, bits: int, out_features: int, in_features: int) -> tuple[int, ...]:
-    """The shape of the packed uint8 tensor of an [N, K] weight on ``device``."""
-    if device.type == "cuda":
-        panel_bytes = PANEL_ROWS * PANEL_COLUMNS * bits // 8
-        return _ceil_div(out_features, PANEL_ROWS), _ceil_div(in_features, PANEL_COLUMNS), panel_bytes
-    return out_features, _ceil_div(in_features * bits, 8)
+def packed_shape(
+    device: torch.device, bits: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """The shape of the packed uint8 tensor of an [N, K] weight on ``device`` that x of ``dtype`` is multiplied with.
+
+    [N, ceil(K·bits/8)] on a CPU, for any dtype. A GPU's layout is another for each, and its shape says which:
+    [ceil(N/64), ceil(K/64), 512·bits] for float16, [ceil(N/64), ceil(K/64), 4, 128·bits] for bfloat16.
+    Raises ``TypeError`` for another dtype on a GPU.
+    """
+    if device.type != "cuda":
+        return out_features, _ceil_div(in_features * bits, 8)
+    if dtype not in LAYOUT_DTYPES:
+        raise TypeError(f"a GPU's packed codes are laid out for x of float16 or bfloat16, got {dtype}")
+    panel_bytes = PANEL_ROWS * PANEL_COLUMNS * bits // 8
+    of_panel = (panel_bytes,) if dtype == torch.float16 else (PANEL_BLOCKS, panel_bytes // PANEL_BLOCKS)
+    return _ceil_div(out_features, PANEL_ROWS), _ceil_div(in_features, PANEL_COLUMNS), *of_panel
+
+
+def layout_dtype(packed: torch.Tensor) -> torch.dtype | None:
+    """The type of x that packed codes are laid out for, by their dimensions; None on a CPU, whose layout serves any."""
+    if packed.device.type != "cuda":
+        return None
+    return torch.bfloat16 if packed.dim() == 4 else torch.float16
 
 
 @torch.library.register_fake("ds_fp6::quantize")
-def _(w, exponent_bits, mantissa_bits, group_size, scales=None):
+def _(w, exponent_bits, mantissa_bits, group_size, scales=None, dtype=None):
     n, k = w.shape
     bits = Format(exponent_bits, mantissa_bits).bits
-    packed = w.new_empty(packed_shape(w.device, bits, n, k), dtype=torch.uint8)
+    dtype = dtype or (w.dtype if w.dtype in LAYOUT_DTYPES else torch.float16)
+    packed = w.new_empty(packed_shape(w.device, bits, n, k, dtype), dtype=torch.uint8)
     return packed, w.new_empty((n, _ceil_div(k, group_size) if group_size else 1), dtype=torch.float32)
 
 
@@ -148,9 +171,9 @@ def _(x, packed, scales, bias, exponent_bits, mantissa_bits, group_size, activat
 
 
 @torch.library.register_fake("ds_fp6::pack")
-def _(rows, exponent_bits, mantissa_bits, in_features):
+def _(rows, exponent_bits, mantissa_bits, in_features, dtype):
     bits = Format(exponent_bits, mantissa_bits).bits
-    return rows.new_empty(packed_shape(rows.device, bits, rows.shape[0], in_features))
+    return rows.new_empty(packed_shape(rows.device, bits, rows.shape[0], in_features, dtype))
 
 
 @torch.library.register_fake("ds_fp6::unpack")

@@ -5,7 +5,8 @@ stream in which code ``k`` takes bits ``[k·bits, (k+1)·bits)``, padded with ze
 
     bytes of a row = ceil(K · bits / 8)        exactly `bits` bits a weight, whatever N and K
 
-A GPU's layout is a rearrangement of it into the order in which its threads consume it (``csrc/common/layout.h``).
+A GPU's layout is a rearrangement of it into the order in which its threads consume it, and depends on the type of
+activations, fp16 or bf16, that the weight is multiplied with (``csrc/common/layout.h``, ``ops.packed_shape``).
 """
 
 from __future__ import annotations
@@ -65,13 +66,16 @@ def unpack(rows: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
     return codes.to(torch.uint8).view(n, -1)[:, :in_features].contiguous()
 
 
-def to_device_layout(rows: torch.Tensor, fmt: Format, in_features: int) -> torch.Tensor:
-    """Canonical rows, on the device that will compute with them, to that device's own layout."""
-    return ops.pack(rows, fmt.exponent_bits, fmt.mantissa_bits, in_features) if rows.is_cuda else rows
+def to_device_layout(rows: torch.Tensor, fmt: Format, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """Canonical rows, on the device that will compute with them, to that device's own layout for x of ``dtype``.
+
+    Raises ``TypeError`` for another dtype than float16 and bfloat16 on a GPU; a CPU takes any.
+    """
+    return ops.pack(rows, fmt.exponent_bits, fmt.mantissa_bits, in_features, dtype) if rows.is_cuda else rows
 
 
 def to_canonical(packed: torch.Tensor, fmt: Format, out_features: int, in_features: int) -> torch.Tensor:
-    """A device's own layout to canonical rows on the same device."""
+    """A device's own layout, whatever x it is for, to canonical rows on the same device."""
     if not packed.is_cuda:
         return packed
     return ops.unpack(packed, fmt.exponent_bits, fmt.mantissa_bits, out_features, in_features)

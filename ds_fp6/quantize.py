@@ -133,11 +133,13 @@ def dequantize_reference(codes: torch.Tensor, scales: torch.Tensor, fmt: Format,
 
 
 def quantize(
-    weight: torch.Tensor, fmt: Format, group_size: int = 0, scales: torch.Tensor | None = None
+    weight: torch.Tensor, fmt: Format, group_size: int = 0, scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``quantize_reference`` and packing in one kernel of the weight's device: packed uint8, scales fp32 [N, G].
 
-    The packed layout is the device's (``pack.py``). Same arguments and errors as ``quantize_reference``.
+    The packed layout is the device's (``pack.py``), a GPU's for x of ``dtype``, float16 or bfloat16; None is the
+    weight's own, float16 for an fp32 weight. Otherwise same arguments and errors as ``quantize_reference``.
     """
     check_weight(weight, fmt, group_size, scales)
-    return ops.quantize(weight, fmt.exponent_bits, fmt.mantissa_bits, group_size, scales)
+    return ops.quantize(weight, fmt.exponent_bits, fmt.mantissa_bits, group_size, scales, dtype)

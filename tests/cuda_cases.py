@@ -21,7 +21,11 @@ SUMMATION = 1e-5
 
 
 class RandomWeight:
-    """Packed weight of uniformly random codes, N × K, with its exact values."""
+    """Packed weight of uniformly random codes, N × K, with its exact values.
+
+    ``tiles`` are the codes as they are laid out for x of either type, all made here: a call of ``linear`` may be
+    captured in a graph, or run beside others on a stream of its own.
+    """
 
     def __init__(self, fmt: Format, n: int, k: int, group_size: int, generator: torch.Generator) -> None:
         self.fmt, self.group_size, self.shape = fmt, group_size, (n, k)
@@ -30,20 +34,23 @@ class RandomWeight:
         self.rows = pack(self.codes, fmt.bits)
         uniform = torch.rand((n, number_of_groups(k, group_size)), generator=on_gpu, device="cuda")
         self.scales = torch.exp2(4 * uniform - 8) / fmt.max
-        self.tiles = ops.pack(self.rows, fmt.exponent_bits, fmt.mantissa_bits, k)
+        self.tiles = {
+            dtype: ops.pack(self.rows, fmt.exponent_bits, fmt.mantissa_bits, k, dtype) for dtype in ops.LAYOUT_DTYPES
+        }
         self.values = (decode(self.codes, fmt).double() * expand_scales(self.scales, k, group_size).double())
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         poison(x.shape[:-1].numel() * self.shape[0], x.dtype)
+        fmt = self.fmt
         return ops.linear(
-            x, self.tiles, self.scales, bias, self.fmt.exponent_bits, self.fmt.mantissa_bits, self.group_size
+            x, self.tiles[x.dtype], self.scales, bias, fmt.exponent_bits, fmt.mantissa_bits, self.group_size
         )
 
     def kernel_name(self, m: int) -> str:
         """The kernel that ``linear`` takes for ``m`` tokens."""
         fmt = self.fmt
         return torch.ops.ds_fp6.cuda_kernel_name(
-            m, *self.shape, fmt.exponent_bits, fmt.mantissa_bits, self.group_size, self.tiles.device
+            m, *self.shape, fmt.exponent_bits, fmt.mantissa_bits, self.group_size, self.rows.device
         )
 
 

@@ -46,11 +46,13 @@ def main() -> int:
                     expected.check(weight.linear(x[:m], bias), f"{fmt} {dtype} {m} x {n} x {k} {kernel}", m)
                     checked += 1
             torch.ops.ds_fp6.select_cuda_kernel("")
-            packed, scales = ops.quantize(weight.values.to(dtype), *bits, group_size)
-            ops.dequantize(packed, scales, *bits, group_size, k, dtype)
-            assert torch.equal(ops.unpack(weight.tiles, *bits, n, k), weight.rows)
+            for layout, tiles in weight.tiles.items():
+                packed, scales = ops.quantize(weight.values.to(dtype), *bits, group_size, None, layout)
+                ops.dequantize(packed, scales, *bits, group_size, k, dtype)
+                assert torch.equal(ops.unpack(tiles, *bits, n, k), weight.rows)
     gates = RandomWeight(E3M2, 330, 640, 0, generator)
-    ops.gated_linear(random_x(100, 640, torch.float16, generator), gates.tiles, gates.scales, None, 3, 2, 0, 5)
+    for layout, tiles in gates.tiles.items():
+        ops.gated_linear(random_x(100, 640, layout, generator), tiles, gates.scales, None, 3, 2, 0, 5)
     # Rows too long for registers, and the end of a tensor in the middle of 16 bytes.
     long = RandomWeight(E3M2, 70, 33000, 0, generator)
     x = random_x(5, 33003, torch.bfloat16, generator)[:, 3:]

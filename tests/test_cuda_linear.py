@@ -91,7 +91,7 @@ def test_gates_of_adjacent_channels(dtype, activation, generator):
         bias = torch.randn(n, generator=generator).cuda()
         x = random_x(600, k, dtype, generator)
         for m in (1, 16, 33, 64, 200, 600):
-            arguments = (x[:m], weight.tiles, weight.scales, bias, 3, 2, group_size)
+            arguments = (x[:m], weight.tiles[dtype], weight.scales, bias, 3, 2, group_size)
             if weight.kernel_name(m) != "sm90":
                 with pytest.raises(RuntimeError, match="only the kernel sm90 has gates"):
                     ops.gated_linear(*arguments, activation)
@@ -107,17 +107,18 @@ def test_gates_say_what_is_wrong(generator):
     weight = RandomWeight(E3M2, 65, 64, 0, generator)
     x = random_x(1, 64, torch.float16, generator)
     with pytest.raises(ValueError, match="even N.*65"):
-        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 5)
+        ops.gated_linear(x, weight.tiles[x.dtype], weight.scales, None, 3, 2, 0, 5)
     with pytest.raises(ValueError, match="SiLU.*got 6"):
-        ops.gated_linear(x, weight.tiles, weight.scales, None, 3, 2, 0, 6)
+        ops.gated_linear(x, weight.tiles[x.dtype], weight.scales, None, 3, 2, 0, 6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["dequantize", "reference"])
-def test_paths_through_dense_weights(name, generator):
+def test_paths_through_dense_weights(name, dtype, generator):
     ops.load("CUDA")
     weight = RandomWeight(E3M2, 300, 520, 0, generator)
     bias = torch.randn(300, generator=generator).cuda()
-    x = random_x(40, 520, torch.float16, generator)
+    x = random_x(40, 520, dtype, generator)
     torch.ops.ds_fp6.select_cuda_kernel(name)
     try:
         assert weight.kernel_name(40) == name
@@ -144,8 +145,8 @@ def test_x_of_any_shape_stride_and_alignment(kernel, generator):
     assert weight.linear(flat[:0].view(3, 0, 192)).shape == (3, 0, 136)
 
 
-#: Below that, in units of a channel's scale, sums of bf16 activations that are not scaled first are no normal numbers in
-#: fp32: weights are multiplied with as 2^-20 of their values.
+#: Below that, in units of a channel's scale, sums of bf16 activations are no normal numbers in fp32: every kernel
+#: multiplies with weights as 2^-20 of their values.
 SMALLEST_SUM = 2.0**-126 * 2.0**20
 #: Powers of ten of bf16 rows, and the scales' power of two that keeps y in the range of what fp32 can sum.
 MAGNITUDES = [([-10, 0, 5, 10], 0), ([-39, -38, -30, -20], 80), ([20, 30, 38], -80)]
@@ -166,12 +167,9 @@ def test_bf16_tokens_of_any_magnitude(kernel, powers, exponent, generator):
         x = x.bfloat16()
         bias = (2.0**exponent * torch.randn(n, generator=generator)).bfloat16().cuda()
         for terms in (None, bias):
-            exact, unscaled = Expected(x, weight, terms), Expected(x, weight, terms)
-            unscaled.allowed += k * SMALLEST_SUM * weight.scales.T
+            expected = Expected(x, weight, terms)
+            expected.allowed += k * SMALLEST_SUM * weight.scales.T
             for m in (1, 8, 16, 30, 64, 90, 128, 300):
-                # On every GPU linear_sm90 scales rows first that are more than 128 or not aligned.
-                is_scaled = weight.kernel_name(m) == "sm90" and (m > 128 or k % 8 != 0)
-                expected = exact if is_scaled else unscaled
                 expected.check(weight.linear(x[:m], terms), f"1e{powers}: {m} x {n} x {k}", m)
 
 
@@ -234,19 +232,21 @@ def test_bf16_x_of_any_shape_stride_and_alignment(kernel, generator):
     Expected(wide[:, :192], weight).check(weight.linear(x).view(16, 136), "three dimensions")
 
 
-def test_same_bits_every_time(kernel, generator):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_every_time(kernel, dtype, generator):
     weight = RandomWeight(E3M2, 1024, 8192, 0, generator)
     for m in (1, 16, 64, 256):
-        x = random_x(m, 8192, torch.float16, generator)
+        x = random_x(m, 8192, dtype, generator)
         first = weight.linear(x)
         for _ in range(20):
             assert torch.equal(weight.linear(x), first), f"{m} tokens"
 
 
-def test_one_hot_x_reads_single_weights(kernel, generator):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_hot_x_reads_single_weights(kernel, dtype, generator):
     weight = RandomWeight(E3M2, 128, 320, 0, generator)
-    y = weight.linear(torch.eye(320, dtype=torch.float16, device="cuda"))
-    assert torch.equal(y, weight.values.T.float().half())
+    y = weight.linear(torch.eye(320, dtype=dtype, device="cuda"))
+    assert torch.equal(y, weight.values.T.float().to(dtype))
 
 
 def test_graph_capture_and_replay(kernel, generator):
@@ -299,23 +299,68 @@ def test_streams_at_the_same_time(kernel, dtype, generator):
 def test_runs_on_the_device_of_its_tensors(generator):
     weight = RandomWeight(E3M2, 256, 256, 0, generator)
     x = random_x(16, 256, torch.float16, generator)
-    y = ops.linear(x.to("cuda:1"), weight.tiles.to("cuda:1"), weight.scales.to("cuda:1"), None, 3, 2, 0)
+    y = ops.linear(x.to("cuda:1"), weight.tiles[x.dtype].to("cuda:1"), weight.scales.to("cuda:1"), None, 3, 2, 0)
     assert y.device == torch.device("cuda:1")
     Expected(x, weight).check(y.to("cuda:0"), "second GPU")
 
 
-def test_torch_compile_traces_through(generator):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_compile_traces_through(dtype, generator):
     weight = RandomWeight(E3M2, 128, 128, 0, generator)
-    x = random_x(4, 128, torch.float16, generator)
-    torch.library.opcheck(
-        torch.ops.ds_fp6.linear.default, (x, weight.tiles, weight.scales, None, 3, 2, 0), test_utils=["test_faketensor"]
-    )
+    arguments = (random_x(4, 128, dtype, generator), weight.tiles[dtype], weight.scales, None, 3, 2, 0)
+    torch.library.opcheck(torch.ops.ds_fp6.linear.default, arguments, test_utils=["test_faketensor"])
+
+
+#: A message that names both 16-bit types, as C++ or as Python spells them.
+NAMES_BOTH_TYPES = r"(?is)(?=.*(\bhalf\b|\bfloat16\b))(?=.*\bbfloat16\b)"
+
+
+@pytest.mark.parametrize("dtype, other", [DTYPES, DTYPES[::-1]], ids=["fp16", "bf16"])
+def test_x_is_of_the_type_that_the_weight_is_laid_out_for(kernel, dtype, other, generator):
+    for n, k in [(200, 1096), (65, 127)]:
+        weight = RandomWeight(E3M2, n, k, 0, generator)
+        packed = PackedWeight(E3M2, 0, k, weight.tiles[dtype], weight.scales)
+        assert packed.dtype == dtype
+        x, other_x = random_x(300, k, dtype, generator), random_x(300, k, other, generator)
+        for m in (1, 64, 300):
+            with pytest.raises(TypeError, match=NAMES_BOTH_TYPES):
+                ops.linear(other_x[:m], weight.tiles[dtype], weight.scales, None, 3, 2, 0)
+            if n % 2 == 0:
+                with pytest.raises(TypeError, match=NAMES_BOTH_TYPES):
+                    ops.gated_linear(other_x[:m], weight.tiles[dtype], weight.scales, None, 3, 2, 0, 5)
+            with pytest.raises(TypeError, match=f"x is {other}, .* for {dtype}; weight.to"):
+                packed_linear(other_x[:m], packed)
+            Expected(x[:m], weight).check(packed_linear(x[:m], packed), f"{dtype} {m} x {n} x {k} after the errors")
+        turned = packed.to(dtype=other)
+        Expected(other_x, weight).check(packed_linear(other_x, turned), f"{other} {n} x {k} once it is laid out for it")
+    with pytest.raises(TypeError, match="torch.float32"):
+        packed_linear(x.float(), packed)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
+def test_a_weight_is_laid_out_for_x_of_another_type_and_back(fmt, generator):
+    for n, k, group_size in [(1, 1, 0), (65, 127, 16), (200, 1096, 0)]:
+        weight = RandomWeight(fmt, n, k, group_size, generator)
+        for dtype, other in (DTYPES, DTYPES[::-1]):
+            first = PackedWeight(fmt, group_size, k, weight.tiles[dtype], weight.scales)
+            assert first.to(dtype=dtype) is first and first.to(first.device) is first
+            turned = first.to(dtype=other)
+            assert turned.dtype == other and torch.equal(turned.packed, weight.tiles[other])
+            assert torch.equal(turned.to(dtype=dtype).packed, first.packed)
+            assert torch.equal(turned.dequantize(), first.dequantize())
+            for name, tensor in turned.state_dict().items():
+                assert torch.equal(tensor, first.state_dict()[name]), name
+            assert torch.equal(first.to("cpu").packed, weight.rows.cpu()) and first.to("cpu").dtype is None
+            assert torch.equal(first.to("cpu").to(first.device, dtype).packed, first.packed)
+    with pytest.raises(TypeError, match="(?i)float16 or bfloat16"):
+        first.to(dtype=torch.float32)
 
 
 def test_bad_arguments_raise_and_leave_the_context_alive(generator):
     weight = RandomWeight(E3M2, 128, 192, 0, generator)
     x = random_x(4, 192, torch.float16, generator)
-    tiles, scales = weight.tiles, weight.scales
+    tiles, scales = weight.tiles[x.dtype], weight.scales
 
     def call(x=x, tiles=tiles, scales=scales, bias=None, e=3, m=2, group_size=0):
         return ops.linear(x, tiles, scales, bias, e, m, group_size)

@@ -35,19 +35,23 @@ def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor, what: str) -
 
 
 def check_quantize(weight: torch.Tensor, fmt: Format, group_size: int, scales: torch.Tensor | None = None) -> None:
+    """Quantizes ``weight`` for x of both types."""
     codes, expected_scales = quantize_reference(weight, fmt, group_size, scales)
     n, k = weight.shape
-    torch.full((1 << 20,), 255, dtype=torch.uint8, device="cuda")  # poisons what the allocator hands out next
-    packed, actual_scales = quantize(weight.cuda(), fmt, group_size, None if scales is None else scales.cuda())
-    what = f"{fmt}, {weight.dtype} {[n, k]}, groups of {group_size}"
-    assert_same_bytes(actual_scales, expected_scales, f"scales of {what}")
     rows = pack(codes, fmt.bits)
-    assert_same_bytes(to_canonical(packed, fmt, n, k), rows, f"codes of {what}")
-    # Equal tiles too: padding codes are 0 in both.
-    assert_same_bytes(packed, to_device_layout(rows.cuda(), fmt, k).cpu(), f"tiles of {what}")
-    dense = ops.dequantize(packed, actual_scales, fmt.exponent_bits, fmt.mantissa_bits, group_size, k, weight.dtype)
     expected = dequantize_reference(codes, expected_scales, fmt, group_size).to(weight.dtype)
-    assert_same_bytes(dense.float(), expected.float(), f"dequantized {what}")
+    on_gpu, given = weight.cuda(), None if scales is None else scales.cuda()
+    for dtype in ops.LAYOUT_DTYPES:
+        torch.full((1 << 20,), 255, dtype=torch.uint8, device="cuda")  # poisons what the allocator hands out next
+        packed, actual_scales = quantize(on_gpu, fmt, group_size, given, dtype)
+        what = f"{fmt}, {weight.dtype} {[n, k]}, groups of {group_size}, for x of {dtype}"
+        assert packed.shape == ops.packed_shape(packed.device, fmt.bits, n, k, dtype), what
+        assert_same_bytes(actual_scales, expected_scales, f"scales of {what}")
+        assert_same_bytes(to_canonical(packed, fmt, n, k), rows, f"codes of {what}")
+        # Equal tiles too: padding codes are 0 in both.
+        assert_same_bytes(packed, to_device_layout(rows.cuda(), fmt, k, dtype).cpu(), f"tiles of {what}")
+        dense = ops.dequantize(packed, actual_scales, fmt.exponent_bits, fmt.mantissa_bits, group_size, k, weight.dtype)
+        assert_same_bytes(dense.float(), expected.float(), f"dequantized {what}")
 
 
 @pytest.mark.parametrize("fmt", all_formats(), ids=str)
@@ -122,6 +126,26 @@ def test_what_is_not_finite_is_named(dtype, value, group_size, generator):
     quantize(weight, E3M2, group_size)
 
 
+@pytest.mark.parametrize("fmt", [E3M2, Format(4, 3)], ids=str)
+def test_layouts_say_whose_they_are(fmt, generator):
+    bits = fmt.exponent_bits, fmt.mantissa_bits
+    for dtype in DTYPES:
+        weight = random_weight(70, 130, generator).to(dtype).cuda()
+        own, _ = ops.quantize(weight, *bits, 0)
+        assert ops.layout_dtype(own) == (torch.float16 if dtype == torch.float32 else dtype)
+        rows = to_canonical(own, fmt, 70, 130)
+        for layout in ops.LAYOUT_DTYPES:
+            packed, _ = ops.quantize(weight, *bits, 0, None, layout)
+            assert ops.layout_dtype(packed) == layout
+            assert torch.equal(packed, ops.pack(rows, *bits, 130, layout))
+            if layout == ops.layout_dtype(own):
+                assert torch.equal(packed, own)
+            fakes = {"test_utils": ["test_faketensor"]}
+            torch.library.opcheck(torch.ops.ds_fp6.quantize.default, (weight, *bits, 0, None, layout), **fakes)
+            torch.library.opcheck(torch.ops.ds_fp6.pack.default, (rows, *bits, 130, layout), **fakes)
+            torch.library.opcheck(torch.ops.ds_fp6.unpack.default, (packed, *bits, 70, 130), **fakes)
+
+
 def test_bad_arguments_raise_and_leave_the_context_alive(generator):
     weight = random_weight(8, 64, generator).cuda()
     for bad in (0.0, -1.0, float("nan"), float("inf")):
@@ -139,22 +163,34 @@ def test_bad_arguments_raise_and_leave_the_context_alive(generator):
         ops.quantize(weight[:0], 3, 2, 0)
     with pytest.raises(ValueError, match="mantissa_bits 7"):
         ops.quantize(weight, 3, 7, 0)
-    packed, scales = ops.quantize(weight, 3, 2, 0)
-    with pytest.raises(ValueError, match="tiles of 8 x 65"):
-        ops.dequantize(packed, scales, 3, 2, 0, 65, torch.float16)
-    with pytest.raises(TypeError, match="dtype must be"):
-        ops.dequantize(packed, scales, 3, 2, 0, 64, torch.int32)
-    with pytest.raises(ValueError, match="rows of 64 codes of 6 bits"):
-        ops.pack(torch.zeros(8, 47, dtype=torch.uint8, device="cuda"), 3, 2, 64)
-    with pytest.raises(ValueError, match="tiles of 65 x 64"):
-        ops.unpack(packed, 3, 2, 65, 64)
-    assert torch.isfinite(ops.dequantize(packed, scales, 3, 2, 0, 64, torch.float16)).all()
+    with pytest.raises(TypeError, match="(?i)float16 or bfloat16.*float"):
+        ops.quantize(weight, 3, 2, 0, None, torch.float32)
+    for layout in ops.LAYOUT_DTYPES:
+        packed, scales = ops.quantize(weight, 3, 2, 0, None, layout)
+        with pytest.raises(ValueError, match="tiles of 8 x 65"):
+            ops.dequantize(packed, scales, 3, 2, 0, 65, torch.float16)
+        with pytest.raises(TypeError, match="dtype must be"):
+            ops.dequantize(packed, scales, 3, 2, 0, 64, torch.int32)
+        with pytest.raises(ValueError, match="rows of 64 codes of 6 bits"):
+            ops.pack(torch.zeros(8, 47, dtype=torch.uint8, device="cuda"), 3, 2, 64, layout)
+        with pytest.raises(ValueError, match="tiles of 65 x 64"):
+            ops.unpack(packed, 3, 2, 65, 64)
+        for cut in (packed[..., :-1], packed.flatten(), packed[0], packed.unsqueeze(0)):
+            with pytest.raises(ValueError, match="tiles of 8 x 64"):
+                ops.unpack(cut.contiguous(), 3, 2, 8, 64)
+        assert torch.isfinite(ops.dequantize(packed, scales, 3, 2, 0, 64, torch.float16)).all()
+    with pytest.raises(TypeError, match="(?i)float16 or bfloat16.*float"):
+        ops.pack(torch.zeros(8, 48, dtype=torch.uint8, device="cuda"), 3, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match=r"\[1, 1, 3072\] or \[1, 1, 4, 768\]"):
+        PackedWeight(E3M2, 0, 64, packed[..., :-1], scales)
 
 
-def test_a_weight_moves_between_cpu_and_gpu(generator):
+@pytest.mark.parametrize("mode, dtype", [("wf6af16g64", torch.float16), ("wf6abf16g64", torch.bfloat16)])
+def test_a_weight_moves_between_cpu_and_gpu(mode, dtype, generator):
     weight = random_weight(100, 200, generator)
-    on_cpu = PackedWeight.from_dense(weight, "wf6af16g64")
-    on_gpu = PackedWeight.from_dense(weight.cuda(), "wf6af16g64")
-    for there, back in ((on_cpu.to("cuda"), on_gpu), (on_gpu.to("cpu"), on_cpu)):
+    on_cpu = PackedWeight.from_dense(weight, mode)
+    on_gpu = PackedWeight.from_dense(weight.cuda(), mode)
+    assert on_cpu.dtype is None and on_gpu.dtype == dtype and on_cpu.to("cuda").dtype == torch.float16
+    for there, back in ((on_cpu.to("cuda", dtype), on_gpu), (on_gpu.to("cpu"), on_cpu)):
         assert torch.equal(there.packed, back.packed) and torch.equal(there.scales, back.scales)
     assert torch.equal(on_cpu.dequantize(), on_gpu.dequantize().cpu())

@@ -38,15 +38,13 @@ CASES = [
 ]  # fmt: skip
 GROUPED = [(5, 100, 520, 64, 1, 3, 0), (16, 200, 776, 128, 0, 4, 0), (30, 300, 520, 192, 1, 3, 0), (100, 257, 648, 128, 2, 3, 0)]
 
-#: Those with aligned rows and up to 128 tokens are multiplied in bf16, the others in fp16: after a kernel in front, or, with
-#: the tiles 18 and 19, after a conversion in the ring.
+#: Rows lie apart, as a slice's do.
 BF16_CASES = [
-    *CASES[2:15:4], (130, 200, 330, 0, 2, 3, 9), (20, 65, 127, 0, 1, 2, 0), GROUPED[1], (7, 64, 33000, 0, 0, 4, 0),
+    *CASES[2:15:4], GROUPED[0], GROUPED[1], GROUPED[3], (7, 64, 33000, 0, 0, 4, 0),
     (1, 64, 64, 0, 0, 4, 0), (7, 200, 1096, 0, 1, 3, 0), (16, 520, 1288, 0, 2, 6, 0), (40, 300, 904, 0, 0, 6, 0), (64, 300, 1096, 0, 1, 6, 0),
     (65, 300, 520, 0, 1, 4, 0), (96, 264, 520, 0, 2, 2, 0), (90, 200, 1288, 0, 0, 4, 0), (100, 300, 1288, 0, 1, 7, 0), (128, 520, 776, 0, 0, 7, 0),
-    (128, 264, 520, 0, 1, 2, 0), (97, 200, 1288, 0, 2, 4, 0), (100, 200, 327, 0, 1, 2, 0),
-    (8, 200, 3080, 0, 1, 3, 18), (7, 136, 1096, 0, 2, 5, 18), (1, 64, 64, 0, 0, 4, 18), (8, 200, 3080, 0, 0, 3, 19),
-    (7, 200, 1096, 0, 1, 5, 19), (2, 64, 8, 0, 2, 1, 19), (5, 200, 2056, 0, 1, 7, 19),
+    (128, 264, 520, 0, 1, 2, 0), (97, 200, 1288, 0, 2, 4, 0), (130, 200, 328, 0, 2, 3, 9), (300, 520, 328, 0, 1, 6, 8),
+    (8, 200, 3080, 0, 1, 3, 3), (13, 520, 1032, 0, 2, 3, 4), (30, 300, 904, 0, 0, 6, 6), (20, 500, 1032, 0, 1, 5, 5),
 ]  # fmt: skip
 
 
@@ -110,23 +108,9 @@ def test_every_problem_has_a_plan(tmp_path: Path) -> None:
     assert result.returncode == 0 and result.stdout.strip() == "right", result.stdout
 
 
-@needs_nvcc
-def test_conversion_of_activations_does_not_spill(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
-         "-D__CUDA_ARCH_LIST__=900", "-cubin", "-o", str(tmp_path / "kernels.cubin"), str(CUDA / "linear_sm90.cu")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    report = result.stdout + result.stderr
-    assert result.returncode == 0, report
-    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report) == [("0", "0")] * 2, report
-    # 1024 threads share an SM's registers.
-    assert all(int(count) <= 64 for count in re.findall(r"Used (\d+) registers", report)), report
-
-
 def race(folder: Path) -> subprocess.CompletedProcess:
     return ahead.run(
-        NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}", f"-I{CUDA}", "-DRACE_BF16",
+        NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}", f"-I{CUDA}",
         "-DTILES=RACE(Tile8)", "-o", folder / "race_tiles", ROOT / "tests" / "cpp" / "race_tiles.cu",
     )  # fmt: skip
 
@@ -140,7 +124,7 @@ def test_the_race_of_tiles_compiles(made: subprocess.CompletedProcess) -> None:
 #: A file of kernels, how many there are in it, and the registers with which those of some tiles start.
 KERNELS = [
     ("linear_sm90_e3m2.cu", 23, {"TileILi4ELi128E": 168, "TileILi2ELi32ELi4E": 96}),
-    ("linear_sm90_bf16_e3m2.cu", 17, {"TileILi4ELi96E": 168, "TileILi4ELi128E": 168}),
+    ("linear_sm90_bf16_e3m2.cu", 23, {"TileILi4ELi128E": 168, "TileILi2ELi32ELi4E": 96}),
 ]
 
 

@@ -74,8 +74,9 @@ void check_finite(const Tensor& w, int64_t row) {
                           "; only finite weights quantize");
 }
 
+// The type of the activations, which a GPU lays codes out for, changes nothing here.
 std::tuple<Tensor, Tensor> quantize(const Tensor& w, int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size,
-                                    const std::optional<Tensor>& scales) {
+                                    const std::optional<Tensor>& scales, std::optional<at::ScalarType>) {
     const FormatSpec format = check_format(exponent_bits, mantissa_bits);
     const Dtype dtype = check_dtype("a weight to quantize", w.scalar_type());
     check_cpu("w", w);

@@ -21,10 +21,12 @@ at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& packed, const at:
                         const std::optional<at::Tensor>& bias, int64_t exponent_bits, int64_t mantissa_bits,
                         int64_t group_size, int64_t activation);
 std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& w, int64_t exponent_bits, int64_t mantissa_bits,
-                                            int64_t group_size, const std::optional<at::Tensor>& scales);
+                                            int64_t group_size, const std::optional<at::Tensor>& scales,
+                                            std::optional<at::ScalarType> dtype);
 at::Tensor dequantize(const at::Tensor& packed, const at::Tensor& scales, int64_t exponent_bits, int64_t mantissa_bits,
                       int64_t group_size, int64_t in_features, at::ScalarType dtype);
-at::Tensor pack(const at::Tensor& rows, int64_t exponent_bits, int64_t mantissa_bits, int64_t in_features);
+at::Tensor pack(const at::Tensor& rows, int64_t exponent_bits, int64_t mantissa_bits, int64_t in_features,
+                at::ScalarType dtype);
 at::Tensor unpack(const at::Tensor& tiles, int64_t exponent_bits, int64_t mantissa_bits, int64_t out_features,
                   int64_t in_features);
 
@@ -73,14 +75,32 @@ inline void check_scales(const at::Tensor& scales, int64_t n, int64_t groups) {
                       groups, "], got ", scales.sizes());
 }
 
-inline void check_tiles(const at::Tensor& tiles, int bits, int64_t n, int64_t k) {
+// What tiles may be laid out for.
+inline Dtype check_layout(at::ScalarType dtype) {
+    TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16,
+                     "weights on a GPU are laid out for float16 or bfloat16, got ", dtype);
+    return dtype == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
+}
+
+// A tensor of tiles says by its shape which activations it is laid out for: a panel's bytes are one dimension for fp16, and
+// for bf16 two, of its blocks and of their bytes.
+inline at::DimVector tiles_shape(Dtype layout, int bits, int64_t n, int64_t k) {
+    const int64_t block_bytes = int64_t(kBlockRows) * kBlockColumns * bits / 8;
+    at::DimVector shape{ceil_div(n, kPanelRows), ceil_div(k, kPanelColumns)};
+    if (layout == Dtype::kBFloat16) shape.append({kPanelBlocks, block_bytes});
+    else shape.push_back(kPanelBlocks * block_bytes);
+    return shape;
+}
+
+// What `tiles` is laid out for.
+inline Dtype check_tiles(const at::Tensor& tiles, int bits, int64_t n, int64_t k) {
     TORCH_CHECK_TYPE(tiles.scalar_type() == at::kByte, "packed must be uint8, got ", tiles.scalar_type());
-    const int64_t panels_n = ceil_div(n, kPanelRows), panels_k = ceil_div(k, kPanelColumns);
-    const int64_t panel_bytes = int64_t(kPanelRows) * kPanelColumns * bits / 8;
-    TORCH_CHECK_VALUE(tiles.dim() == 3 && tiles.size(0) == panels_n && tiles.size(1) == panels_k &&
-                          tiles.size(2) == panel_bytes,
-                      "tiles of ", n, " x ", k, " codes of ", bits, " bits must be [", panels_n, ", ", panels_k, ", ",
-                      panel_bytes, "], got ", tiles.sizes());
+    const at::DimVector for_f16 = tiles_shape(Dtype::kFloat16, bits, n, k);
+    const at::DimVector for_bf16 = tiles_shape(Dtype::kBFloat16, bits, n, k);
+    TORCH_CHECK_VALUE(tiles.sizes() == for_f16 || tiles.sizes() == for_bf16, "tiles of ", n, " x ", k, " codes of ", bits,
+                      " bits must be ", at::IntArrayRef(for_f16), ", or for bfloat16 ", at::IntArrayRef(for_bf16), ", got ",
+                      tiles.sizes());
+    return tiles.sizes() == for_f16 ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
 }  // namespace cuda

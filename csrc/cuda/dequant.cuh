@@ -1,10 +1,10 @@
-// Packed words to MMA operands in registers: a lane's words of a 16 x 64 block (common/layout.h) to the A fragments of
-// its four k16 steps, in fp16 or bf16, exact for every code.
+// Packed words to MMA operands in registers: a lane's words of a 16 x 64 block (common/layout.h), laid out for fp16 or for
+// bf16, to the A fragments of its four k16 steps in that type, exact for every code.
 //
 // Also compiles for the host, where the two arithmetic instructions are emulated, so that a CPU can check every code.
 #pragma once
 
-#include "common/layout.h"
+#include "common/bit_map.h"
 #if defined(__CUDACC__)
 #include "ptx.cuh"
 #endif
@@ -15,15 +15,9 @@
 
 namespace ds_fp6 {
 
-// Types of the MMA's operands.
-struct Half {};
-struct BFloat16 {};
-
 namespace cuda {
 
-DS_FP6_HD constexpr uint32_t rotate_left(uint32_t w, int by) { return by == 0 ? w : w << by | w >> (32 - by); }
-
-// rotate_left(w, Rotate) as far as Mask sees it. A shift wherever no bit under Mask wraps around: left shifts run as
+// w rotated to the left by Rotate as far as Mask sees it. A shift wherever no bit under Mask wraps around: left shifts run as
 // multiplications beside the logic pipe.
 template <int Rotate, uint32_t Mask>
 DS_FP6_HD uint32_t rotated(uint32_t w) {
@@ -43,54 +37,31 @@ DS_FP6_HD uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
 #endif
 }
 
-// a & b, not to be moved past a shift of the result.
-DS_FP6_HD uint32_t and_bits(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-    return ptx::and_bits(a, b);
-#else
-    return a & b;
-#endif
-}
-
 // The virtual word `Index`; bits that no pair takes are whatever the last term's word has there.
-template <class Fmt, int Index, int I = 0>
+template <class Fmt, class T, int Index, int I = 0>
 DS_FP6_HD uint32_t virtual_word(const uint32_t (&words)[Fmt::kBits]) {
-    constexpr Terms terms = BitMapOf<Fmt>::kMap.virtual_word[Index];
+    constexpr Terms terms = BitMapOf<Fmt, T>::kMap.virtual_word[Index];
     constexpr Term term = terms.term[I];
     const uint32_t bits = rotated<term.rotate, term.mask>(words[term.source]);
     if constexpr (I + 1 == terms.count) return bits;
-    else return select_bits(term.mask, bits, virtual_word<Fmt, Index, I + 1>(words));
+    else return select_bits(term.mask, bits, virtual_word<Fmt, T, Index, I + 1>(words));
 }
 
-template <class Fmt, int Source>
+template <class Fmt, class T, int Source>
 DS_FP6_HD uint32_t source(const uint32_t (&words)[Fmt::kBits]) {
     if constexpr (Source < Fmt::kBits) return words[Source];
-    else return virtual_word<Fmt, Source - Fmt::kBits>(words);
+    else return virtual_word<Fmt, T, Source - Fmt::kBits>(words);
 }
 
-// Two codes, sign at bit 15 of each half, the other bits shifted to BitMapOf<Fmt>::kShift - Lower.
-template <class Fmt, int Pair, int Lower, int I = 0>
+// Two codes in T's places, sign at bit 15 of each half, the other bits shifted to BitMapOf<Fmt, T>::kShift, out of words
+// that are laid out for T.
+template <class Fmt, class T, int Pair, int I = 0>
 DS_FP6_HD uint32_t extract(const uint32_t (&words)[Fmt::kBits]) {
-    constexpr Terms terms = BitMapOf<Fmt>::kMap.pair[Pair];
+    constexpr Terms terms = BitMapOf<Fmt, T>::kMap.pair[Pair];
     constexpr Term term = terms.term[I];
-    const uint32_t w = source<Fmt, term.source>(words);
-    uint32_t pair;
-    constexpr uint32_t sign = term.mask & BitMapOf<Fmt>::kSign, run = (term.mask & ~sign) >> Lower;
-    constexpr uint32_t signs = 0x80808080u;  // of a word's two pairs
-    if constexpr (Lower == 0) {
-        pair = rotated<term.rotate, term.mask>(w) & term.mask;
-    } else if constexpr (terms.count == 1 && sign == BitMapOf<Fmt>::kSign &&
-                         (rotate_left(signs, term.rotate) & ~(sign | run)) == 0) {
-        // The word's signs are masked once for both of its pairs; the other pair's lie under the run.
-        const uint32_t sign_bits = rotated<term.rotate, sign>(and_bits(w, signs));
-        pair = select_bits(run, rotated<(term.rotate + 32 - Lower) % 32, run>(w), sign_bits);
-    } else {
-        pair = 0;
-        if constexpr (run != 0) pair |= rotated<(term.rotate + 32 - Lower) % 32, run>(w) & run;
-        if constexpr (sign != 0) pair |= rotated<term.rotate, sign>(w) & sign;
-    }
+    const uint32_t pair = rotated<term.rotate, term.mask>(source<Fmt, T, term.source>(words)) & term.mask;
     if constexpr (I + 1 == terms.count) return pair;
-    else return pair | extract<Fmt, Pair, Lower, I + 1>(words);
+    else return pair | extract<Fmt, T, Pair, I + 1>(words);
 }
 
 // min of positive fp16 pairs.
@@ -144,10 +115,10 @@ struct Dequant<Fmt, Half> {
 
     template <int Pair>
     static DS_FP6_HD uint32_t pair(const uint32_t (&words)[Fmt::kBits]) {
-        const uint32_t w = extract<Fmt, Pair, 0>(words);
+        const uint32_t w = extract<Fmt, Half, Pair>(words);
         if constexpr (!kHalve) return w;
         // A step of the exponent less, or, where none is left, half the bits: bits - min(bits / 2, one step).
-        else return w - min_f16x2(w >> 1 & (BitMapOf<Fmt>::kMagnitude >> 1), bit_map::both_halves(1u << 10));
+        else return w - min_f16x2(w >> 1 & (BitMapOf<Fmt, Half>::kMagnitude >> 1), bit_map::both_halves(1u << 10));
     }
 
     // The A fragment of k16 step Step.
@@ -169,7 +140,7 @@ struct Dequant<Fmt, BFloat16> {
     template <int Pair>
     static DS_FP6_HD uint32_t pair(const uint32_t (&words)[Fmt::kBits]) {
         // As bf16 the bits are w * 2^(bias - 127).
-        return scale_bf16x2<127 - Fmt::kBias - kScaleExponent>(extract<Fmt, Pair, 3>(words));
+        return scale_bf16x2<127 - Fmt::kBias - kScaleExponent>(extract<Fmt, BFloat16, Pair>(words));
     }
 
     // The A fragment of k16 step Step.

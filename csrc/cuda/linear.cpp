@@ -64,17 +64,19 @@ LinearKernel kernel_for(const LinearProblem& p, const Device& device) {
     return kernel;
 }
 
-// x as kernels want it that do not convert it: [m, k], contiguous, 16-byte aligned, rows of a multiple of 8.
-Tensor aligned_x(const Tensor& x, int64_t m, int64_t k) {
-    Tensor rows = x.reshape({m, k}).contiguous();
-    if (k % 8 != 0) return at::constant_pad_nd(rows, {0, 8 - k % 8});
-    return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone();
-}
-
-// bf16 x as linear_sm90 takes it: [m, k], rows any distance apart.
-Tensor rows_of(const Tensor& x, int64_t m, int64_t k) {
-    const Tensor rows = x.reshape({m, k});
-    return k == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+// Makes p's x of x: [m, k], where need be a copy, which is returned and is to live on, with k a multiple of 8.
+Tensor take_x(LinearProblem& p, const Tensor& x, int64_t m, int64_t k, bool contiguous) {
+    Tensor rows = x.reshape({m, k});
+    const auto take = [&] {
+        p.x = rows.const_data_ptr(), p.x_stride = m == 1 ? rows.size(1) : rows.stride(0), p.k = static_cast<int>(rows.size(1));
+    };
+    take();
+    const bool in_rows = (k == 1 || rows.stride(1) == 1) && p.x_stride >= k && (p.x_stride == k || !contiguous);
+    if (in_rows && has_aligned_rows(p)) return rows;
+    if (k % 8 != 0) rows = at::constant_pad_nd(rows, {0, 8 - k % 8});
+    else rows = rows.clone(at::MemoryFormat::Contiguous);
+    take();
+    return rows;
 }
 
 // Weights of some panels at a time to `dtype`, then torch's product, y rounded once.
@@ -138,7 +140,9 @@ Tensor linear_with_gate(const Tensor& x, const Tensor& packed, const Tensor& sca
     TORCH_CHECK_VALUE(scales.dim() == 2, "scales must be [N, ", groups, "], got ", scales.sizes());
     const int n = check_size("N", scales.size(0));
     check_scales(scales, n, groups);
-    check_tiles(packed, bits, n, k);
+    const Dtype layout = check_tiles(packed, bits, n, k), dtype = check_layout(x.scalar_type());
+    TORCH_CHECK_TYPE(dtype == layout, "x is ", x.scalar_type(), ", packed is laid out for ",
+                     layout == Dtype::kFloat16 ? at::kHalf : at::kBFloat16);
     Tensor dense_bias;
     if (bias.has_value()) {
         check_device("bias", *bias, "packed", packed.device());
@@ -162,7 +166,7 @@ Tensor linear_with_gate(const Tensor& x, const Tensor& packed, const Tensor& sca
     const Tensor tiles = packed.contiguous(), row_scales = scales.contiguous();
     LinearProblem p{};
     p.exponent_bits = static_cast<int>(exponent_bits), p.mantissa_bits = static_cast<int>(mantissa_bits);
-    p.dtype = x.scalar_type() == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
+    p.dtype = dtype;
     p.tiles = tiles.const_data_ptr<uint8_t>();
     p.scales = row_scales.const_data_ptr<float>();
     p.groups = static_cast<int>(groups), p.group_size = groups == 1 ? 0 : static_cast<int>(group_size);
@@ -181,18 +185,12 @@ Tensor linear_with_gate(const Tensor& x, const Tensor& packed, const Tensor& sca
                              group_size, kernel == LinearKernel::kDequantize ? x.scalar_type() : at::kFloat);
         return y;
     }
-    const bool any_rows = kernel == LinearKernel::kSm90 && p.dtype == Dtype::kBFloat16;
-    const Tensor rows = any_rows ? rows_of(x, m, k) : aligned_x(x, m, k);
-    p.x = rows.const_data_ptr(), p.x_stride = rows.stride(0), p.k = static_cast<int>(rows.size(1));
-    Tensor scratch;
-    const auto scratch_bytes = any_rows ? static_cast<int64_t>(linear_sm90_scratch_bytes(p, device)) : 0;
-    if (scratch_bytes > 0) scratch = at::empty({scratch_bytes}, x.options().dtype(at::kByte));
+    const Tensor rows = take_x(p, x, m, k, kernel != LinearKernel::kSm90);
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     void* workspace = nullptr;
     C10_CUDA_CHECK(workspace_of(device.index, stream, &workspace));
-    C10_CUDA_CHECK(kernel == LinearKernel::kSm90
-                       ? linear_sm90(p, device, workspace, scratch_bytes > 0 ? scratch.mutable_data_ptr() : nullptr, stream)
-                       : linear_sm80(p, device, workspace, stream));
+    C10_CUDA_CHECK(kernel == LinearKernel::kSm90 ? linear_sm90(p, device, workspace, stream)
+                                                 : linear_sm80(p, device, workspace, stream));
     return y;
 }
 

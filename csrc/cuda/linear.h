@@ -23,12 +23,10 @@ struct LinearProblem {
     int exponent_bits;
     int mantissa_bits;
     Dtype dtype;           // of x and y: fp16 or bf16
-    const void* x;         // [m, k] contiguous, 16-byte aligned, k % 8 == 0 (linear.cpp pads what is not); bf16 for
-                           // linear_sm90: any k and alignment, rows x_stride apart
-    int64_t x_stride;      // elements from row to row
-    const float* x_scales; // null, or [m]: x is fp16 although dtype is bf16, and its rows are meant times these; what
-                           // linear_sm90 makes of bf16
-    const uint8_t* tiles;  // [ceil(n / 64), ceil(k / 64), 512 * bits]: common/layout.h; codes beyond n or k are 0
+    const void* x;         // [m, k], rows x_stride apart, has_aligned_rows (linear.cpp copies and pads what has not)
+    int64_t x_stride;      // elements from row to row, at least k; k for linear_sm80
+    const uint8_t* tiles;  // [ceil(n / 64), ceil(k / 64), 512 * bits], laid out for dtype: common/layout.h, bit_map.h; codes
+                           // beyond n or k are 0
     const float* scales;   // [n, groups]
     int groups;            // 1: one scale a row
     int group_size;        // of k; 0 where groups == 1
@@ -73,10 +71,7 @@ bool linear_sm90_supports(const LinearProblem& problem);
 
 cudaError_t linear_sm80(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
 // Only where device is 9.0.
-cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* workspace, void* scratch,
-                        cudaStream_t stream);
-// Scratch memory of the launch, 16-byte aligned, with any contents; 0 where x needs no conversion.
-size_t linear_sm90_scratch_bytes(const LinearProblem& problem, const Device& device);
+cudaError_t linear_sm90(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace ds_fp6

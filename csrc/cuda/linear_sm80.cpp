@@ -14,8 +14,7 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
 
 // An extension without the Hopper kernel still links.
 __attribute__((weak)) bool linear_sm90_supports(const LinearProblem&) { return false; }
-__attribute__((weak)) size_t linear_sm90_scratch_bytes(const LinearProblem&, const Device&) { return 0; }
-__attribute__((weak)) cudaError_t linear_sm90(LinearProblem, const Device&, void*, void*, cudaStream_t) {
+__attribute__((weak)) cudaError_t linear_sm90(const LinearProblem&, const Device&, void*, cudaStream_t) {
     return cudaErrorNotSupported;
 }
 

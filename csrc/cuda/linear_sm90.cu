@@ -2,17 +2,13 @@
 #include "dequant.cuh"
 #include "dispatch.h"
 #include "linear.h"
-#include "linear_sm90_from_bf16.cuh"
-#include "linear_sm90_heuristics.h"
 
 namespace ds_fp6 {
 namespace cuda {
 namespace sm90 {
 
-template <class Fmt>
+template <class Fmt, class T>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
-template <class Fmt>
-cudaError_t launch_bf16(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream);
 
 namespace {
 
@@ -33,10 +29,6 @@ template <> constexpr bool kInstantiated<Format<2, 2>> = true;
 template <> constexpr bool kInstantiated<Format<2, 1>> = true;
 template <> constexpr bool kInstantiated<Format<4, 3>> = true;
 
-bool is_converted_in_front(const LinearProblem& problem, const Device& device) {
-    return problem.dtype == Dtype::kBFloat16 && bf16_way(problem, device) == BFloat16Way::kInFront;
-}
-
 }  // namespace
 }  // namespace sm90
 
@@ -48,25 +40,14 @@ bool linear_sm90_supports(const LinearProblem& problem) {
         [](auto format) { return sm90::kInstantiated<decltype(format)>; }, false);
 }
 
-size_t linear_sm90_scratch_bytes(const LinearProblem& problem, const Device& device) {
-    return sm90::is_converted_in_front(problem, device) ? sm90::f16_bytes(problem) + problem.m * sizeof(float) : 0;
-}
-
-cudaError_t linear_sm90(LinearProblem problem, const Device& device, void* workspace, void* scratch,
-                        cudaStream_t stream) {
-    const bool in_front = sm90::is_converted_in_front(problem, device);
-    const bool in_bf16 = problem.dtype == Dtype::kBFloat16 && !in_front;
-    if (in_front) {
-        const cudaError_t status = sm90::convert_activations(problem, scratch, stream);
-        if (status != cudaSuccess) return status;
-    }
+cudaError_t linear_sm90(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
     return dispatch_format(
         problem.exponent_bits, problem.mantissa_bits,
         [&](auto format) {
             using Fmt = decltype(format);
             if constexpr (sm90::kInstantiated<Fmt>) {
-                return in_bf16 ? sm90::launch_bf16<Fmt>(problem, device, workspace, stream)
-                               : sm90::launch<Fmt>(problem, device, workspace, stream);
+                return problem.dtype == Dtype::kFloat16 ? sm90::launch<Fmt, Half>(problem, device, workspace, stream)
+                                                        : sm90::launch<Fmt, BFloat16>(problem, device, workspace, stream);
             } else {
                 return cudaErrorInvalidValue;
             }

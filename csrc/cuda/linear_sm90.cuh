@@ -1,12 +1,11 @@
 // y[m, n] = x[m, k] . weights[n, k]^T * scale[n] (+ bias[n]) on Hopper, weights packed in tiles.
 //
 // One persistent block an SM: a warp streams packed weights and a warp streams activations into a ring in shared
-// memory, where other warps may have to make fp16 of bf16; warpgroups dequantize the weights in registers and multiply
-// them with the activations by wgmma (weights are A, so that few tokens waste nothing), workers that share a tile hand
-// their sums over, and the epilogue scales, rounds and stores.
+// memory; warpgroups dequantize the weights in registers and multiply them with the activations by wgmma (weights are A,
+// so that few tokens waste nothing), workers that share a tile hand their sums over, and the epilogue scales, rounds and
+// stores.
 #pragma once
 
-#include "linear_sm90_convert.cuh"
 #include "linear_sm90_epilogue.cuh"
 #include "linear_sm90_exchange.cuh"
 #include "linear_sm90_handover.cuh"
@@ -28,9 +27,7 @@ struct Threads {
     static constexpr int kStartRegisters = 512 / (T::kConsumers + 1) / 8 * 8;
     static_assert(!kMovesRegisters || T::kConsumers * kConsumerRegisters + kProducerRegisters <=
                                           (T::kConsumers + 1) * kStartRegisters, "more registers than the block has");
-    static constexpr int kProducers = 64 + 32 * T::kConverters;
-    static_assert(!kMovesRegisters || kProducers <= 128, "one warpgroup hands its registers over");
-    static constexpr int kCount = T::kConsumers * 128 + (kMovesRegisters ? 128 : kProducers);
+    static constexpr int kCount = T::kConsumers * 128 + (kMovesRegisters ? 128 : 64);
 };
 
 template <class T, class C, bool kGrouped>
@@ -90,10 +87,6 @@ __global__ void __launch_bounds__(Threads<T, kGrouped>::kCount, 1)
             Start::finish();
         } else {
             Start::wait();
-            if constexpr (T::kConverters > 0) {
-                const int converter = warp - T::kConsumers * 4 - 2;
-                if (converter < T::kConverters) convert_stages(p, ring, worker, rank, converter, lane);
-            }
         }
     }
     if constexpr (T::kClusterK > 1) cluster_sync();  // no block leaves while the other may still signal it

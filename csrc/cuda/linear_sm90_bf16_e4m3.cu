@@ -1,3 +1,3 @@
 #include "linear_sm90_launch.cuh"
 
-DS_FP6_INSTANTIATE_SM90(4, 3, launch_bf16)
+DS_FP6_INSTANTIATE_SM90(4, 3, ds_fp6::BFloat16)

@@ -133,16 +133,9 @@ public:
         unroll<4>([&](auto k) { C::template expand<k>(words_[0], a_[0][k]); });
         for (int step = own.begin; step < own.end - 1; ++step) {
             stage<false>(sums, step, step != own.begin);
-            if constexpr (Layout::kConverts) {
-                if (rescales_ != 0) {
-                    wgmma_wait<0>();
-                    multiply_tokens(sums, ring_.ratios(slot_.index));
-                }
-            }
         }
         stage<true>(sums, own.end - 1, own.end - 1 != own.begin);
         wgmma_wait<0>();
-        if constexpr (Layout::kConverts) multiply_tokens(sums, ring_.inverses(previous_.index));
         ring_.release(previous_, lane_);
     }
 
@@ -171,13 +164,6 @@ private:
                             b + kBlock * (Layout::kActivationBlock / 16) + 2 * k, !kGrouped || half != 0);
                 if constexpr (kEnters && half == 1) {
                     if (!entered) ring_.wait_full(slot_);
-                }
-                if constexpr (kEnters && half == 1 && Layout::kConverts) {
-                    rescales_ = 0;
-                    for (int i = 0; i < T::kConverters; i += 2) {
-                        const uint2 of_two = load_shared_8(ring_.rescales(slot_.index) + i * 4);
-                        rescales_ |= of_two.x | of_two.y;
-                    }
                 }
                 if constexpr (kLoads && half == 1) {
                     load(words_[unit % 2], unit + 2 < T::kUnits ? current : slot_, (unit + 2) % T::kUnits);
@@ -217,17 +203,6 @@ private:
         wgmma_commit();
     }
 
-    // sums times their tokens' factors, which lie in shared memory.
-    __device__ void multiply_tokens(Sums& sums, uint32_t factors) const {
-#pragma unroll
-        for (int i = 0; i < T::kSums; i += 4) {  // of eight tokens, two for this lane
-            const uint2 bits = load_shared_8(factors + i / 4 * 32 + lane_ % 4 * 8);
-            const float factor[2] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
-#pragma unroll
-            for (int j = 0; j < 4 * T::kOwnPanels; ++j) sums[j / 4][i + j % 4] *= factor[j % 2];
-        }
-    }
-
     // Of K, in blocks of 64.
     __device__ int block_of(int step, int unit) const {
         return step * T::kBlocks + turn_ + unit / T::kOwnPanels * T::kSplit;
@@ -243,7 +218,6 @@ private:
     int lane_, turn_, channel_;
     uint32_t weights_offset_, activations_offset_;
     Slot slot_, previous_;
-    uint32_t rescales_;  // whether sums are to be multiplied by ratios before the stage in slot_
     uint32_t words_[2][kBits];  // of a unit with even number, with odd number
     Weights a_[2];
     std::conditional_t<kGrouped, GroupedSums<T>, NotGrouped> grouped_;

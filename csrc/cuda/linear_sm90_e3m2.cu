@@ -1,3 +1,3 @@
 #include "linear_sm90_launch.cuh"
 
-DS_FP6_INSTANTIATE_SM90(3, 2, launch)
+DS_FP6_INSTANTIATE_SM90(3, 2, ds_fp6::Half)

@@ -8,7 +8,6 @@
 
 #include "gate.cuh"
 #include "linear_sm90_consumer.cuh"
-#include "linear_sm90_convert.cuh"
 
 namespace ds_fp6 {
 namespace cuda {
@@ -32,21 +31,19 @@ class Epilogue {
 public:
     static constexpr int kBits = C::kBits;
     using Layout = SharedLayout<T, kBits>;
-    // Whether y is bf16, and no scale of a token is left to be multiplied with.
-    static constexpr bool kBFloat16 = std::is_same_v<typename C::Operand, BFloat16> || Layout::kConverts;
+    using Element = std::conditional_t<std::is_same_v<typename C::Operand, Half>, __half, __nv_bfloat16>;  // of y
     using OwnSums = float[T::kOwnPanels][T::kOwnSums];
 
     __device__ Epilogue(const Problem& p, const Ring<T, kBits>& ring, int rank, int warpgroup, int thread)
         : p_(p), rank_(rank), group_(warpgroup / T::kSplit), thread_(thread) {
         staging_ = ring.base + Layout::kStagings + group_ * Layout::kStaging;
-        token_scales_ = ring.base + Layout::kTokenScales + group_ * T::kOwnTokens * 2;
     }
 
     // Where the tile's part of this consumer begins; scale and bias, as they lie in memory, of the two channels of each
-    // panel that a thread holds sums of; thread i has the scale of token i.
+    // panel that a thread holds sums of.
     struct Terms {
         int channel, token;
-        float scale[T::kOwnPanels][2], token_scale;
+        float scale[T::kOwnPanels][2];
         uint32_t bias[T::kOwnPanels][2];
     };
 
@@ -67,29 +64,17 @@ public:
             if (p_.bias_is_fp32) terms.bias[i / 2][i % 2] = static_cast<const uint32_t*>(p_.bias)[n];
             else if (p_.bias) terms.bias[i / 2][i % 2] = static_cast<const uint16_t*>(p_.bias)[n];
         }
-        if (!kBFloat16 && kScalesAhead && p_.x_scales) terms.token_scale = token_scale(terms);
         return terms;
     }
 
     // y = sums * scale (+ bias), rounded once.
-    __device__ void store(OwnSums& sums, const Terms& terms) const {
-        if constexpr (kBFloat16) {
-            store_as<__nv_bfloat16, false>(sums, terms);
-        } else if (p_.x_scales) {
-            const float scale = kScalesAhead ? terms.token_scale : token_scale(terms);
-            if constexpr (!kWarpCopies) {
-                // A power of two is exact in bf16 as well.
-                if (thread_ < T::kOwnTokens) store_shared_2(token_scales_ + thread_ * 2, __float_as_uint(scale) >> 16);
-            }
-            store_as<__nv_bfloat16, true>(sums, terms);
-        } else {
-            store_as<__half, false>(sums, terms);
-        }
+    __device__ void store(const OwnSums& sums, const Terms& terms) const {
+#pragma unroll
+        for (int panel = 0; panel < T::kOwnPanels; ++panel) store_panel(sums[panel], terms, panel);
     }
 
 private:
     static constexpr int kFirstGroupBarrier = 2;
-    static constexpr bool kScalesAhead = T::kOwnTokens <= 64;  // tiles of more have no register to spare
     // Whether each warp copies the 16 channels that it staged, 32 bytes a token, instead of 128 bytes with the others,
     // whom it would wait for: worth it where there is little to copy.
     static constexpr bool kWarpCopies = T::kOwnTokens <= 32;
@@ -97,36 +82,10 @@ private:
     // What is kept in a register is not computed again at the end, where it would be waited for.
     __device__ static void keep(int& value) { asm volatile("" : "+r"(value)); }
 
-    // Of this thread's token, or, where warps keep to themselves, of this lane's; for a token that is not there, any.
-    __device__ float token_scale(const Terms& terms) const {
-        const int token = kWarpCopies ? thread_ % 32 : thread_;
-        return p_.x_scales[min(terms.token + min(token, T::kOwnTokens - 1), p_.m - 1)];
-    }
-
-    // Of two neighbouring tokens of the tile.
-    __device__ float2 token_scales(const Terms& terms, int token) const {
-        if constexpr (kWarpCopies) {
-            return make_float2(__shfl_sync(~0u, terms.token_scale, token), __shfl_sync(~0u, terms.token_scale, token + 1));
-        } else {
-            const uint32_t s = load_shared_4(token_scales_ + token * 2);
-            return make_float2(__uint_as_float(s << 16), __uint_as_float(s & 0xFFFF0000u));
-        }
-    }
-
-    template <class Element>
     __device__ float bias_value(uint32_t bits) const {
         if (p_.bias_is_fp32) return __uint_as_float(bits);
         const uint16_t half = static_cast<uint16_t>(bits);
         return to_float(reinterpret_cast<const Element&>(half));
-    }
-
-    // kTokenScales: tokens have scales of their own.
-    template <class Element, bool kTokenScales>
-    __device__ void store_as(const OwnSums& sums, const Terms& terms) const {
-#pragma unroll
-        for (int panel = 0; panel < T::kOwnPanels; ++panel) {
-            store_panel<Element, kTokenScales>(sums[panel], terms, panel, terms.channel + panel * 64, terms.token);
-        }
     }
 
     __device__ void sync() const { named_sync(kFirstGroupBarrier + group_, 128); }
@@ -146,20 +105,12 @@ private:
     }
     __device__ int copied_chunk() const { return kWarpCopies ? thread_ / 32 * 2 + thread_ % 2 : thread_ % 8; }
 
-    // NOTE: tokens' scales reach from 2^-126 to 2^113. The small ones come first and the large ones last: what lies
-    // between is in fp32's range where y is.
-    __device__ static float scaled(float sum, float token, float channel) {
-        return sum * fminf(token, 1.f) * channel * fmaxf(token, 1.f);
-    }
-
-    // 64 channels from `channel`, kOwnTokens tokens from `token`: transposed through shared memory, up to 64 tokens at
-    // a time, 128 bytes a token whose 16-byte chunks are swizzled by the token.
-    template <class Element, bool kTokenScales>
-    __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel, int channel,
-                                int token) const {
-        constexpr float kValue = C::kValue * (Layout::kConverts ? kSumRoom : 1);
-        const float scale[2] = {kValue * terms.scale[panel][0], kValue * terms.scale[panel][1]};
-        const float bias[2] = {bias_value<Element>(terms.bias[panel][0]), bias_value<Element>(terms.bias[panel][1])};
+    // 64 channels, kOwnTokens tokens: transposed through shared memory, up to 64 tokens at a time, 128 bytes a token whose
+    // 16-byte chunks are swizzled by the token.
+    __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel) const {
+        const int channel = terms.channel + panel * 64, token = terms.token;
+        const float scale[2] = {C::kValue * terms.scale[panel][0], C::kValue * terms.scale[panel][1]};
+        const float bias[2] = {bias_value(terms.bias[panel][0]), bias_value(terms.bias[panel][1])};
         const int warp = thread_ / 32, lane = thread_ % 32;
 #pragma unroll
         for (int first = 0; first < T::kOwnTokens; first += Layout::kStagedTokens) {
@@ -172,13 +123,7 @@ private:
                 for (int i = 0; i < 4; ++i) {
                     if (t + 8 * (i / 2) >= Layout::kStagedTokens) continue;
                     const int h = i % 2, at = 4 * ((first + t) / 8 + i / 2) + 2 * h;
-                    if constexpr (!kTokenScales) {
-                        q[i] = pack_pair(sums[at] * scale[h] + bias[h], sums[at + 1] * scale[h] + bias[h], Element());
-                    } else {
-                        const float2 s = token_scales(terms, first + t + 8 * (i / 2) + lane % 4 * 2);
-                        q[i] = pack_pair(scaled(sums[at], s.x, scale[h]) + bias[h],
-                                         scaled(sums[at + 1], s.y, scale[h]) + bias[h], Element());
-                    }
+                    q[i] = pack_pair(sums[at] * scale[h] + bias[h], sums[at + 1] * scale[h] + bias[h], Element());
                 }
                 const int row = t + lane % 8 + (Layout::kStagedTokens >= 16 ? lane / 16 * 8 : 0);
                 const int chunk = 2 * warp + lane / 8 % 2;
@@ -193,7 +138,7 @@ private:
             if (p_.gate == Gate::kNone) {
                 copy_staged(channel, token + first);
             } else {
-                with_gate(p_.gate, [&](auto gate) { copy_gated<Element, decltype(gate)::value>(channel, token + first); });
+                with_gate(p_.gate, [&](auto gate) { copy_gated<decltype(gate)::value>(channel, token + first); });
             }
         }
     }
@@ -217,7 +162,7 @@ private:
     }
 
     // Eight staged channels become four of y.
-    template <class Element, Gate kGate>
+    template <Gate kGate>
     __device__ void copy_gated(int channel, int token) const {
         const int chunk = copied_chunk(), n = (channel + 8 * chunk) / 2, channels = p_.n / 2;
         uint16_t* y = static_cast<uint16_t*>(p_.y);
@@ -226,7 +171,7 @@ private:
             const int inside = row + copied_row(), m = token + inside;
             if (inside >= Layout::kStagedTokens || m >= p_.m || n >= channels) continue;
             const uint4 v = load_shared_16(staging_ + inside * 128 + ((chunk ^ (inside % 8)) * 16));
-            const uint2 out = make_uint2(gated_pair<Element, kGate>(v.x, v.y), gated_pair<Element, kGate>(v.z, v.w));
+            const uint2 out = make_uint2(gated_pair<kGate>(v.x, v.y), gated_pair<kGate>(v.z, v.w));
             uint16_t* target = y + static_cast<int64_t>(m) * channels + n;
             if (channels % 4 == 0) {
                 *reinterpret_cast<uint2*>(target) = out;
@@ -238,7 +183,7 @@ private:
     }
 
     // Two (gate, up) pairs to two channels.
-    template <class Element, Gate kGate>
+    template <Gate kGate>
     __device__ uint32_t gated_pair(uint32_t first, uint32_t second) const {
         const Element* a = reinterpret_cast<const Element*>(&first);
         const Element* b = reinterpret_cast<const Element*>(&second);
@@ -248,7 +193,7 @@ private:
 
     const Problem& p_;
     int rank_, group_, thread_;
-    uint32_t staging_, token_scales_;
+    uint32_t staging_;
 };
 
 }  // namespace sm90

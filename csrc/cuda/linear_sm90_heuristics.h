@@ -49,8 +49,7 @@ struct Tiling {
 };
 
 // Whether weights in any tile become operands faster than the memory delivers them, by a margin: an H100's carries 25 GB/s
-// an SM, an H200's 37, for the same SMs. Activations that are read more often then cost nothing, adding up still does,
-// and bf16 needs no conversion: bf16_way.
+// an SM, an H200's 37, for the same SMs. Activations that are read more often then cost nothing, adding up still does.
 inline bool memory_is_slow(const Device& device) { return device.bytes_per_second < 31e9 * device.sms; }
 
 inline bool has_weights(const LinearProblem& p, int least) { return static_cast<int64_t>(p.n) * p.k >= least; }
@@ -81,12 +80,15 @@ inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
 //                                                       16.1 (16.4), o 13.3 (13.6); 8B's qkv 7.4 (6.9)
 //           a short K, fewer tiles than SMs   whole     8B's qkv and o, in a decode step: 2.0 and 1.0 less than cut
 //   <= 16   tiles of 2 panels for all SMs     wide      gate_up 80.0 (81.9); qkv 16.2 (16.2), down 40.8 (40.4)
+//           bf16, 2^26 to 2^27 weights        wide      four consumers hide its longer dequantization: qkv 16.5 (17.6), o
+//                                                       13.7 (14.1)
 //           small, one round of pairs         cut       8B's down, in a decode step: 0.9 less
 //   <= 32   tiles of 4 panels for all SMs     wide      gate_up 89.3 (two panels 92.0); 8B's 2.6 more
 //           no more than two rounds of pairs  cut       pairs of blocks add up through shared memory: o 14.2 (15.1), qkv
 //                                                       18.1 (18.2), down 42.3 (43.2), 8B's gate_up 25.1 (23.7); in a
 //                                                       decode step 8B's down 1.9 less; whole, as above, its qkv and o
 //                                                       2.3 less
+//           bf16, no more than one round      cut       qkv, of more, 18.7 (19.1)
 //           any                               two panels
 //   <= 48   tiles of 4 panels for most SMs    wide      gate_up 94.5 (cut 97.1; tiles of 64 tokens 104.6)
 //           any                               cut       qkv 19.5 (wide 23.0; 64 tokens 22.1), o 15.2 (19.8; 17.0), down
@@ -100,20 +102,20 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     const auto fill = [&](auto tile, int quarters) {
         return 4 * Tiling::of<decltype(tile)>(p, device).tiles() >= quarters * device.sms;
     };
-    const bool large = is_large(p);
+    const bool large = is_large(p), bf16 = p.dtype == Dtype::kBFloat16;
     if (p.m <= 8) {
         if (has_weights(p, 1 << 25)) return plan<Tile8Wide>();
         return plan<Tile8>(Tiling::of<Tile8>(p, device).whole_if_cutting_saves(10));
     }
     if (p.m <= 16) {
-        if (fill(Tile16Wide(), 4)) return plan<Tile16Wide>();
+        if (fill(Tile16Wide(), 4) || (bf16 && !large && has_weights(p, 1 << 26))) return plan<Tile16Wide>();
         if (!large && Tiling::of<Tile16Cut>(p, device).one_round()) return plan<Tile16Cut>();
         return plan<Tile16>();
     }
     if (p.m <= 32) {
         if (fill(Tile32Wide(), 4)) return plan<Tile32Wide>();
         const Tiling pairs = Tiling::of<Tile32Cut>(p, device);
-        if (pairs.tiles() > 2 * pairs.most_workers) return plan<Tile32>();
+        if (pairs.tiles() > (bf16 ? 1 : 2) * pairs.most_workers) return plan<Tile32>();
         return plan<Tile32Cut>(pairs.whole_if_cutting_saves(16));
     }
     if (p.m <= 48) {
@@ -184,30 +186,6 @@ inline Plan choose_plan(const LinearProblem& p, const Device& device) {
     if (p.m > 64) return plan_for_many_tokens(p, device);
     const bool adds_up_little = p.m <= 32 && memory_is_slow(device);
     return adds_up_little ? plan_for_slow_memory(p, device) : plan_for_few_tokens(p, device);
-}
-
-// What becomes of activations in bf16.
-enum class BFloat16Way {
-    kAsTheyAre,  // weights become bf16, which takes a third more instructions
-    kInRing,     // activations become fp16 in the ring: Converting
-    kInFront     // by a kernel before: linear_sm90_from_bf16.cuh
-};
-
-// Over fp16, o, qkv, gate_up and down in microseconds (`bench linear`; docs/kernels.md, versions 24, 28, 42 and 43):
-//
-//   tokens     condition          way           reason
-//   <= 8       the memory is      in the ring   +0.5 +0.5 +1.1 +1.2 at 8 on an H200, in front +2.4 +1.8 +2.4 +3.9; at 16
-//              fast                             the conversion takes as long as the memory
-//   <= 64      it is slow         as they are   hidden: +0.3 to 1.6, on an H100, where in front takes +1.2 to 5.4
-//   65..128    slow, or > 96      as they are   the tensor cores hide most of it; up to 96 tokens they have a quarter
-//                                               less to do, and gate_up takes 145 at 96 tokens, 137 with a kernel in front
-//   else, groups of scales, rows  in front
-//   that no tensor map describes
-inline BFloat16Way bf16_way(const LinearProblem& p, const Device& device) {
-    const bool has_map = has_aligned_rows(p) && (p.x_stride >= p.k || p.m == 1);
-    if (p.groups != 1 || !has_map || p.m > 128) return BFloat16Way::kInFront;
-    if (memory_is_slow(device) || p.m > 96) return BFloat16Way::kAsTheyAre;
-    return p.m <= 8 ? BFloat16Way::kInRing : BFloat16Way::kInFront;
 }
 
 }  // namespace sm90

@@ -95,7 +95,6 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     Problem p{};
     p.tiles = problem.tiles;
     p.scales = problem.scales;
-    p.x_scales = problem.x_scales;
     p.bias = problem.bias;
     p.bias_is_fp32 = problem.bias != nullptr && problem.bias_dtype == Dtype::kFloat32;
     p.gate = problem.gate;
@@ -129,10 +128,10 @@ cudaError_t launch_tile(const LinearProblem& problem, const Device& device, void
     return cudaLaunchKernelEx(&config, linear_sm90_kernel<T, C, kGrouped>, x_map, p, weights_map);
 }
 
-// Activations in fp16.
-template <class Fmt>
+// T: Half or BFloat16, the activations.
+template <class Fmt, class T>
 cudaError_t launch(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
-    using C = Codes<Fmt, Half>;
+    using C = Codes<Fmt, T>;
     const Plan plan = choose_plan(problem, device);
     const auto run = [&](auto tile, auto grouped) {
         return launch_tile<decltype(tile), C, decltype(grouped)::value>(problem, device, workspace, stream, plan.split);
@@ -143,29 +142,10 @@ cudaError_t launch(const LinearProblem& problem, const Device& device, void* wor
     return UngroupedTiles::with(plan.tile, [&](auto tile) { return run(tile, std::false_type()); });
 }
 
-// Activations in bf16, that stay so or become fp16 in the ring.
-template <class Fmt>
-cudaError_t launch_bf16(const LinearProblem& problem, const Device& device, void* workspace, cudaStream_t stream) {
-    const Plan plan = choose_plan(problem, device);
-    const bool in_ring = bf16_way(problem, device) == BFloat16Way::kInRing;
-    return UngroupedTiles::with(plan.tile, [&](auto tile) {
-        using T = decltype(tile);
-        if constexpr (ConvertingTiles::contains<T>()) {
-            using C = Codes<Fmt, Half>;
-            if (in_ring) return launch_tile<Converting<T>, C, false>(problem, device, workspace, stream, plan.split);
-        }
-        if constexpr (BFloat16Tiles::contains<T>()) {
-            using C = Codes<Fmt, BFloat16>;
-            if (!in_ring) return launch_tile<T, C, false>(problem, device, workspace, stream, plan.split);
-        }
-        return cudaErrorInvalidConfiguration;
-    });
-}
-
 }  // namespace sm90
 }  // namespace cuda
 }  // namespace ds_fp6
 
-#define DS_FP6_INSTANTIATE_SM90(E, M, launch)                                                                     \
-    template cudaError_t ds_fp6::cuda::sm90::launch<ds_fp6::Format<E, M>>(                                        \
+#define DS_FP6_INSTANTIATE_SM90(E, M, T)                                                                          \
+    template cudaError_t ds_fp6::cuda::sm90::launch<ds_fp6::Format<E, M>, T>(                                     \
         const ds_fp6::cuda::LinearProblem&, const ds_fp6::cuda::Device&, void*, cudaStream_t);

@@ -15,7 +15,6 @@ namespace sm90 {
 struct Problem {
     const uint8_t* tiles;  // packed weights, common/layout.h
     const float* scales;   // [n, groups]
-    const float* x_scales; // null: y is fp16; or [m], of the tokens: y is bf16
     const void* bias;      // [n] of y's type or fp32, or null
     void* y;               // [m, n]; with a gate [m, n / 2]
     float* partials;       // [consumers of the grid][sums of a consumer], kAbsentSum where there is none
@@ -31,7 +30,7 @@ struct Problem {
 };
 
 // Bytes of shared memory: activations first (their swizzle needs 1024-byte alignment), then weights, the staging of y,
-// sums on their way between consumers, scales of tokens and of those of each stage, the barriers.
+// sums on their way between consumers, the barriers.
 template <class T, int kBits>
 struct SharedLayout {
     static constexpr int kWeightBlock = Tiles<kBits>::kPanelBytes;  // 64 x 64
@@ -47,24 +46,17 @@ struct SharedLayout {
     static constexpr int kPairBytes = T::kClusterK > 1 ? T::kOwnPanels * T::kOwnSums * 128 * 4 : 0;
     static constexpr int kExchange = T::kGroups * ((T::kSplit - 1) * kTurnBytes + kPairBytes);
 
-    static constexpr bool kConverts = T::kConverters > 0;
-    // Scales of a stage's tokens: ratios, inverses, and a word of each converter: convert_stages.
-    static constexpr int kStageScales = kConverts ? 2 * T::kTokens * 4 + 16 : 0;
     static constexpr int kMost = 227 * 1024;
-    static constexpr int kBarrierBytes = ((kConverts ? 3 : 2) * T::kStages + 2 * T::kGroups) * 8;
-    static constexpr int kTokenScaleBytes = T::kGroups * T::kOwnTokens * 2;
+    static constexpr int kBarrierBytes = (2 * T::kStages + 2 * T::kGroups) * 8;
     static constexpr int kFitting =
-        (kMost - T::kGroups * kStaging - kExchange - kTokenScaleBytes - kBarrierBytes) /
-        (kWeightStage + kActivationStage + kStageScales);
+        (kMost - T::kGroups * kStaging - kExchange - kBarrierBytes) / (kWeightStage + kActivationStage);
     static constexpr int kStages = T::kStages < kFitting ? T::kStages : kFitting;
     static_assert(kStages >= 3, "one stage in use, one to be released late, one under way");
 
     static constexpr int kWeights = kStages * kActivationStage;
     static constexpr int kStagings = kWeights + kStages * kWeightStage;
     static constexpr int kExchangeAt = kStagings + T::kGroups * kStaging;
-    static constexpr int kTokenScales = kExchangeAt + kExchange;
-    static constexpr int kScales = kTokenScales + kTokenScaleBytes;
-    static constexpr int kBarriers = kScales + kStages * kStageScales;
+    static constexpr int kBarriers = kExchangeAt + kExchange;
     static constexpr int kBytes = kBarriers + kBarrierBytes;
 };
 
@@ -99,32 +91,21 @@ struct Ring {
 
     __device__ uint32_t activations(int slot) const { return base + slot * Layout::kActivationStage; }
     __device__ uint32_t weights(int slot) const { return base + Layout::kWeights + slot * Layout::kWeightStage; }
-    __device__ uint32_t ratios(int slot) const { return base + Layout::kScales + slot * Layout::kStageScales; }
-    __device__ uint32_t inverses(int slot) const { return ratios(slot) + T::kTokens * 4; }
-    __device__ uint32_t rescales(int slot) const { return inverses(slot) + T::kTokens * 4; }
     __device__ uint32_t full(int slot) const { return base + Layout::kBarriers + slot * 8; }
     __device__ uint32_t empty(int slot) const { return base + Layout::kBarriers + (Layout::kStages + slot) * 8; }
 
-    // That of the activations' copy: of the slot, or, where they are converted first, one of their own.
-    __device__ uint32_t landed(int slot) const {
-        if constexpr (!Layout::kConverts) return full(slot);
-        else return base + Layout::kBarriers + (2 * Layout::kStages + 2 * T::kGroups + slot) * 8;
-    }
-
-    // One thread. A slot is full when both copiers have said what to expect and all of it has landed, activations also
-    // converted where they are to be; it is empty when every warp that reads it has let go of it.
+    // One thread. A slot is full when both copiers have said what to expect and all of it has landed; it is empty when
+    // every warp that reads it has let go of it.
     __device__ void initialize() const {
 #pragma unroll
         for (int slot = 0; slot < Layout::kStages; ++slot) {
-            barrier_init(full(slot), Layout::kConverts ? 1 + T::kConverters : 2);
-            if constexpr (Layout::kConverts) barrier_init(landed(slot), 1);
+            barrier_init(full(slot), 2);
             barrier_init(empty(slot), 4 * T::kConsumers * kReleasingLanes);
         }
     }
 
     __device__ bool is_full(Slot slot) const { return barrier_try_wait(full(slot.index), slot.parity); }
     __device__ void wait_full(Slot slot) const { barrier_wait(full(slot.index), slot.parity); }
-    __device__ void wait_landed(Slot slot) const { barrier_wait(landed(slot.index), slot.parity); }
     // NOTE: the parity of the previous turn, so that the first turn does not wait.
     __device__ void wait_empty(Slot slot) const { barrier_wait(empty(slot.index), slot.parity ^ 1); }
 
@@ -205,13 +186,13 @@ __device__ inline void copy_stage_weights(const Problem& p, const CUtensorMap* m
 
 // A warp; its first thread copies. Weights do not depend on the kernel before: this runs ahead of it, but not by the
 // whole ring, which would be a queue in the memory for that kernel's own loads (docs/kernels.md, version 21); by less where
-// that kernel is a conversion, which has nothing else to do, or consumers never catch up with what they begin late (44).
+// consumers never catch up with what they begin late (44).
 template <class Start, class T, int kBits>
 __device__ inline void copy_weights(const Problem& p, const CUtensorMap* map, const Ring<T, kBits>& ring, int worker,
                                     int rank, int lane) {
     using Layout = SharedLayout<T, kBits>;
     const uint64_t policy = policy_evict_first();
-    const int ahead_bytes = (T::kTokens > 32 && T::kPanels == 2 ? 24 : p.x_scales ? 48 : 72) * 1024;
+    const int ahead_bytes = (T::kTokens > 32 && T::kPanels == 2 ? 24 : 72) * 1024;
     int ahead = max(1, ahead_bytes / Layout::kWeightStage), unused = Layout::kStages;  // stages
     typename Ring<T, kBits>::Slot slot;
     const auto ready = [&] {
@@ -259,7 +240,7 @@ __device__ inline void copy_activations(const Problem& p, const CUtensorMap* x_m
         for (int step = own.begin; step < own.end; ++step, slot.advance()) {
             ring.wait_empty(slot);
             copy_stage_activations<T, kBits>(p, x_map, ring.activations(slot.index), origin.m * T::kTokens,
-                                             step * T::kBlocks, ring.landed(slot.index), policy);
+                                             step * T::kBlocks, ring.full(slot.index), policy);
         }
     });
 }

@@ -26,7 +26,6 @@ struct Tile {
     static constexpr int kSums = kTokens / 2;                // fp32 sums of a thread for one panel
     static constexpr int kOwnTokens = kTokens / kClusterK;   // of a tile, that one block of the cluster stores
     static constexpr int kOwnSums = kSums / kClusterK;
-    static constexpr int kConverters = 0;                    // warps that make fp16 of activations: Converting
     // Whether a stage's weights are one copy, by a tensor map, instead of one a panel. A copy takes its thread as long
     // whatever its size, so that short ones hold it up; but the memory delivers a little less to a tensor map than to
     // long copies, and up to 32 tokens it is the limit (docs/kernels.md, version 38).
@@ -69,21 +68,9 @@ using Tile128 =         Tile<4, 128,   2,    3,     2,      1,    1>;
 using Tile128Narrow =   Tile<2, 128,   2,    5,     2,      1,    1>;
 using Tile128Cut =      Tile<2, 128,   2,    5,     2,      1,    2>;
 
-// The same for activations in bf16 that become fp16 in the ring, by warps beside the two that copy
-// (linear_sm90_convert.cuh).
-template <class T>
-struct Converting : T {
-    static constexpr int kConverters = T::kConsumers == 2 ? 4 : 2;  // what leaves consumers their registers
-};
-
 // Tiles by their numbers, so that a choice of one is a value.
 template <class... T>
 struct TileList {
-    template <class Wanted>
-    static constexpr bool contains() {
-        return (std::is_same_v<T, Wanted> || ...);
-    }
-
     template <class Wanted>
     static constexpr int number() {
         constexpr int kNumber = [] {
@@ -117,11 +104,6 @@ using UngroupedTiles =
     TileList<Tile8, Tile8Wide, Tile16, Tile16Cut, Tile16Wide, Tile32, Tile32Cut, Tile32Wide, Tile48, Tile48Cut, Tile64,
              Tile64Cut, Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow, Tile128Cut>;
 using GroupedTiles = TileList<Tile8, Tile16, Tile32Grouped, Tile64>;
-// What bf16 activations take of UngroupedTiles: those that stay bf16, and those that become fp16 in the ring.
-using BFloat16Tiles = TileList<Tile8, Tile16, Tile16Cut, Tile32Cut, Tile48, Tile48Cut, Tile64, Tile64Cut, Tile64WideCut,
-                               Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow, Tile128Cut>;
-
-using ConvertingTiles = TileList<Tile8, Tile8Wide>;
 
 }  // namespace sm90
 }  // namespace cuda

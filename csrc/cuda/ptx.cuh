@@ -18,13 +18,6 @@ DS_FP6_DEVICE uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
     return d;
 }
 
-// a & b as written: the compiler would move it past a shift, into a second one.
-DS_FP6_DEVICE uint32_t and_bits(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("and.b32 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
 // Smaller half of each, subnormals kept.
 DS_FP6_DEVICE uint32_t min_f16x2(uint32_t a, uint32_t b) {
     uint32_t d;

@@ -59,9 +59,6 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
     }
 }
 
-// Orders this thread's writes to shared memory before what the copy engine and the tensor cores do there later.
-__device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // ---- copies into shared memory --------------------------------------------------------------------------------------
 
 __device__ inline uint64_t policy_evict_first() {
@@ -131,11 +128,6 @@ __device__ inline void store_async_16(uint32_t address, float4 v, uint32_t barri
         : "memory");
 }
 
-// `address` is from map_to_rank.
-__device__ inline void store_cluster_4(uint32_t address, uint32_t v) {
-    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-
 __device__ inline void store_shared_16(uint32_t address, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
@@ -149,14 +141,6 @@ __device__ inline float4 load_shared_float4(uint32_t address) {
 __device__ inline void store_shared_16(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
-}
-
-__device__ inline void store_shared_4(uint32_t address, uint32_t v) {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-
-__device__ inline void store_shared_2(uint32_t address, uint16_t v) {
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 
 // Stores four 8x8 matrices transposed; lane 8q + r holds the address of row r of matrix q.
@@ -185,27 +169,6 @@ __device__ inline void registers_decrease() {
 
 __device__ inline uint32_t larger(uint32_t a, uint32_t b) { return max(a, b); }
 
-// Of each half.
-__device__ inline uint32_t larger_u16x2(uint32_t a, uint32_t b) {
-    uint32_t pair;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-    return pair;
-}
-
-__device__ inline bool warp_all(bool condition) { return __all_sync(~0u, condition) != 0; }
-
-// The largest value of the warp's threads.
-__device__ inline uint32_t warp_largest(uint32_t value) { return __reduce_max_sync(~0u, value); }
-
-// The largest value of the kLanes (16 or 32) neighbouring threads that this one belongs to; all of the warp call it.
-template <int kLanes>
-__device__ inline uint32_t lanes_largest(uint32_t value, int lane) {
-    if constexpr (kLanes == 32) return warp_largest(value);
-    const bool low = lane < 16;
-    const uint32_t of_low = warp_largest(low ? value : 0), of_high = warp_largest(low ? 0 : value);
-    return low ? of_low : of_high;
-}
-
 // ---- threads, clusters, grids ---------------------------------------------------------------------------------------
 
 // Barrier `id` (0..15; 0 is __syncthreads' too) among `threads` threads.
@@ -229,12 +192,6 @@ __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.r
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ inline void cluster_sync() {
     cluster_arrive();
-    cluster_wait();
-}
-
-// Orders writes to the cluster's shared memory, too.
-__device__ inline void cluster_sync_writes() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     cluster_wait();
 }
 

@@ -17,9 +17,8 @@ using at::Tensor;
 
 namespace {
 
-Tensor empty_tiles(int bits, int64_t n, int64_t k, const at::TensorOptions& options) {
-    const int64_t panel_bytes = int64_t(kPanelRows) * kPanelColumns * bits / 8;
-    return at::empty({ceil_div(n, kPanelRows), ceil_div(k, kPanelColumns), panel_bytes}, options.dtype(at::kByte));
+Tensor empty_tiles(Dtype layout, int bits, int64_t n, int64_t k, const at::TensorOptions& options) {
+    return at::empty(tiles_shape(layout, bits, n, k), options.dtype(at::kByte));
 }
 
 // One element of a tensor on the GPU.
@@ -63,9 +62,10 @@ void check_refused(const Tensor& refused, const Tensor& w, const Tensor& scales,
 }  // namespace
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& w, int64_t exponent_bits, int64_t mantissa_bits, int64_t group_size,
-                                    const std::optional<Tensor>& scales) {
+                                    const std::optional<Tensor>& scales, std::optional<at::ScalarType> dtype) {
     const int bits = check_format(exponent_bits, mantissa_bits);
-    const Dtype dtype = check_dtype("a weight to quantize", w.scalar_type());
+    const Dtype w_dtype = check_dtype("a weight to quantize", w.scalar_type());
+    const Dtype layout = check_layout(dtype.value_or(w_dtype == Dtype::kBFloat16 ? at::kBFloat16 : at::kHalf));
     TORCH_CHECK_VALUE(w.is_cuda(), "w must be on a CUDA device, got ", w.device());
     TORCH_CHECK_VALUE(w.dim() == 2 && w.numel() > 0, "a weight to quantize is [N, K] with N, K >= 1, got ", w.sizes());
     const int n = check_size("N", w.size(0)), k = check_size("K", w.size(1));
@@ -80,17 +80,17 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& w, int64_t exponent_bits, int6
     const c10::cuda::CUDAGuard guard(w.device());
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const Tensor dense = w.stride(1) == 1 || k == 1 ? w : w.contiguous();
-    Tensor packed = empty_tiles(bits, n, k, w.options());
+    Tensor packed = empty_tiles(layout, bits, n, k, w.options());
     Tensor out_scales = at::empty({n, groups}, w.options().dtype(at::kFloat));
     const Tensor refused = nothing_refused();
 
     QuantizeProblem p{};
     p.exponent_bits = static_cast<int>(exponent_bits), p.mantissa_bits = static_cast<int>(mantissa_bits);
-    p.w = dense.const_data_ptr(), p.dtype = dtype, p.row_stride = dense.stride(0);
+    p.w = dense.const_data_ptr(), p.dtype = w_dtype, p.row_stride = dense.stride(0);
     p.n = n, p.k = k;
     p.groups = static_cast<int>(groups), p.group_size = groups == 1 ? k : static_cast<int>(group_size);
     p.given = given.defined() ? given.const_data_ptr<float>() : nullptr;
-    p.tiles = packed.mutable_data_ptr<uint8_t>();
+    p.tiles = packed.mutable_data_ptr<uint8_t>(), p.layout = layout;
     p.scales = out_scales.mutable_data_ptr<float>();
     p.refused = reinterpret_cast<Refused*>(refused.mutable_data_ptr<int64_t>());
     C10_CUDA_CHECK(quantize(p, stream));
@@ -109,14 +109,15 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, int64_t exponent_b
     TORCH_CHECK_VALUE(scales.dim() == 2, "scales must be [N, ", groups, "], got ", scales.sizes());
     const int n = check_size("N", scales.size(0));
     check_scales(scales, n, groups);
-    check_tiles(packed, bits, n, k);
+    const Dtype layout = check_tiles(packed, bits, n, k);
 
     const c10::cuda::CUDAGuard guard(packed.device());
     const Tensor tiles = packed.contiguous(), row_scales = scales.contiguous();
     Tensor out = at::empty({n, k}, scales.options().dtype(dtype));
     DequantizeProblem p{};
     p.exponent_bits = static_cast<int>(exponent_bits), p.mantissa_bits = static_cast<int>(mantissa_bits);
-    p.tiles = tiles.const_data_ptr<uint8_t>(), p.scales = row_scales.const_data_ptr<float>();
+    p.tiles = tiles.const_data_ptr<uint8_t>(), p.layout = layout;
+    p.scales = row_scales.const_data_ptr<float>();
     p.n = n, p.k = k;
     p.groups = static_cast<int>(groups), p.group_size = groups == 1 ? k : static_cast<int>(group_size);
     p.out = out.mutable_data_ptr(), p.dtype = out_dtype;
@@ -124,8 +125,10 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, int64_t exponent_b
     return out;
 }
 
-Tensor pack(const Tensor& rows, int64_t exponent_bits, int64_t mantissa_bits, int64_t in_features) {
+Tensor pack(const Tensor& rows, int64_t exponent_bits, int64_t mantissa_bits, int64_t in_features,
+            at::ScalarType dtype) {
     const int bits = check_format(exponent_bits, mantissa_bits);
+    const Dtype layout = check_layout(dtype);
     TORCH_CHECK_VALUE(rows.is_cuda(), "rows must be on a CUDA device, got ", rows.device());
     TORCH_CHECK_TYPE(rows.scalar_type() == at::kByte, "rows must be uint8, got ", rows.scalar_type());
     const int k = check_size("in_features", in_features);
@@ -136,9 +139,9 @@ Tensor pack(const Tensor& rows, int64_t exponent_bits, int64_t mantissa_bits, in
 
     const c10::cuda::CUDAGuard guard(rows.device());
     const Tensor dense = rows.contiguous();
-    Tensor tiles = empty_tiles(bits, n, k, rows.options());
+    Tensor tiles = empty_tiles(layout, bits, n, k, rows.options());
     const RelayoutProblem p{static_cast<int>(exponent_bits), static_cast<int>(mantissa_bits),
-                            dense.const_data_ptr<uint8_t>(), tiles.mutable_data_ptr<uint8_t>(), n, k};
+                            dense.const_data_ptr<uint8_t>(), tiles.mutable_data_ptr<uint8_t>(), layout, n, k};
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     C10_CUDA_CHECK(pack(p, stream));
     // NOTE: the sm_90 linear reads weights before it waits for the kernel that precedes it, so they must be there.
@@ -151,13 +154,13 @@ Tensor unpack(const Tensor& tiles, int64_t exponent_bits, int64_t mantissa_bits,
     const int bits = check_format(exponent_bits, mantissa_bits);
     TORCH_CHECK_VALUE(tiles.is_cuda(), "tiles must be on a CUDA device, got ", tiles.device());
     const int n = check_size("out_features", out_features), k = check_size("in_features", in_features);
-    check_tiles(tiles, bits, n, k);
+    const Dtype layout = check_tiles(tiles, bits, n, k);
 
     const c10::cuda::CUDAGuard guard(tiles.device());
     const Tensor dense = tiles.contiguous();
     Tensor rows = at::empty({n, ceil_div(int64_t(k) * bits, 8)}, tiles.options());
     const RelayoutProblem p{static_cast<int>(exponent_bits), static_cast<int>(mantissa_bits),
-                            dense.const_data_ptr<uint8_t>(), rows.mutable_data_ptr<uint8_t>(), n, k};
+                            dense.const_data_ptr<uint8_t>(), rows.mutable_data_ptr<uint8_t>(), layout, n, k};
     C10_CUDA_CHECK(unpack(p, c10::cuda::getCurrentCUDAStream()));
     return rows;
 }

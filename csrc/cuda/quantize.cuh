@@ -88,10 +88,10 @@ DS_FP6_DEVICE uint32_t shifted(uint32_t bits) {
 }
 
 // The pair (pack.cuh) of the codes nearest to t0 and t1. A zero has no sign.
-template <class Fmt>
+template <class Fmt, class T>
 DS_FP6_DEVICE uint32_t encode_pair(float t0, float t1) {
-    constexpr int down = 23 - Fmt::kMantissaBits - BitMapOf<Fmt>::kShift;
-    constexpr uint32_t magnitude = ((1u << (Fmt::kBits - 1)) - 1) << BitMapOf<Fmt>::kShift;
+    constexpr int down = 23 - Fmt::kMantissaBits - BitMapOf<Fmt, T>::kShift;
+    constexpr uint32_t magnitude = ((1u << (Fmt::kBits - 1)) - 1) << BitMapOf<Fmt, T>::kShift;
     const uint32_t low = shifted<down>(rounded_magnitude<Fmt>(t0)) & magnitude;
     const uint32_t pair = low | (shifted<down - 16>(rounded_magnitude<Fmt>(t1)) & magnitude << 16);
     const uint32_t signs = __float_as_uint(t0) >> 16 | (__float_as_uint(t1) & 0xFFFF0000u);
@@ -239,8 +239,8 @@ DS_FP6_DEVICE void load_block(const QuantizeProblem& p, int row, int column, int
     }
 }
 
-// Codes of the 16 x 64 block at (row, column).
-template <class Fmt, Dtype D>
+// Codes of the 16 x 64 block at (row, column), laid out for T.
+template <class Fmt, class T, Dtype D>
 DS_FP6_DEVICE void encode_block(const QuantizeProblem& p, int row, int column, int lane, bool in_pairs, bool fast,
                                 uint8_t* block) {
     Two<typename Element<D>::Type> pairs[kPairs];
@@ -259,9 +259,9 @@ DS_FP6_DEVICE void encode_block(const QuantizeProblem& p, int row, int column, i
         auto insert_pair = [&](auto index) {
             constexpr int i = decltype(index)::value, r = i % 2;
             const float low = Element<D>::widen(pairs[i].low), high = Element<D>::widen(pairs[i].high);
-            insert<Fmt, i>(encode_pair<Fmt>(divide_fast(low, scale[r], reciprocal[r]),
-                                            divide_fast(high, scale[r], reciprocal[r])),
-                           words);
+            insert<Fmt, T, i>(encode_pair<Fmt, T>(divide_fast(low, scale[r], reciprocal[r]),
+                                                  divide_fast(high, scale[r], reciprocal[r])),
+                              words);
         };
         for_each_pair(insert_pair);
     } else {
@@ -276,16 +276,16 @@ DS_FP6_DEVICE void encode_block(const QuantizeProblem& p, int row, int column, i
                         own[half] = p.scales[static_cast<size_t>(rows[r]) * p.groups + c / p.group_size];
                 }
             }
-            insert<Fmt, i>(encode_pair<Fmt>(__fdiv_rn(Element<D>::widen(pairs[i].low), own[0]),
-                                            __fdiv_rn(Element<D>::widen(pairs[i].high), own[1])),
-                           words);
+            insert<Fmt, T, i>(encode_pair<Fmt, T>(__fdiv_rn(Element<D>::widen(pairs[i].low), own[0]),
+                                                  __fdiv_rn(Element<D>::widen(pairs[i].high), own[1])),
+                              words);
         };
         for_each_pair(insert_pair);
     }
     store_words<Fmt::kBits>(block, lane, words);
 }
 
-template <class Fmt, Dtype D>
+template <class Fmt, class T, Dtype D>
 __global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(const __grid_constant__ QuantizeProblem p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int strip = blockIdx.x, row = strip * kBlockRows;
@@ -295,8 +295,8 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(const __g
     using Pair = Two<typename Element<D>::Type>;
     const bool in_pairs = reinterpret_cast<uintptr_t>(p.w) % sizeof(Pair) == 0 && p.row_stride % 2 == 0;
     for (int panel = warp; panel < panels; panel += kQuantizeWarps)
-        encode_block<Fmt, D>(p, row, panel * kPanelColumns, lane, in_pairs, fast,
-                             p.tiles + block_offset<Fmt::kBits>(strip, panel, panels));
+        encode_block<Fmt, T, D>(p, row, panel * kPanelColumns, lane, in_pairs, fast,
+                                p.tiles + block_offset<Fmt::kBits>(strip, panel, panels));
 }
 
 }  // namespace tiles

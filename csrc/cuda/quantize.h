@@ -24,6 +24,7 @@ struct QuantizeProblem {
     int group_size;          // of k; k where groups == 1
     const float* given;      // [n, groups], or null: scales are computed
     uint8_t* tiles;          // [ceil(n / 64), ceil(k / 64), 512 * bits]
+    Dtype layout;            // fp16 or bf16: the activations that tiles are for
     float* scales;           // [n, groups]
     Refused* refused;        // both kNone before; may be memory of the host
 };
@@ -32,6 +33,7 @@ struct DequantizeProblem {
     int exponent_bits;
     int mantissa_bits;
     const uint8_t* tiles;
+    Dtype layout;         // fp16 or bf16: the activations that tiles are for
     const float* scales;  // [n, groups]
     int n, k;
     int groups;
@@ -46,6 +48,7 @@ struct RelayoutProblem {
     int mantissa_bits;
     const uint8_t* from;
     uint8_t* to;
+    Dtype layout;  // fp16 or bf16: the activations that tiles are for
     int n, k;
 };
 

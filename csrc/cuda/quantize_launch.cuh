@@ -15,39 +15,54 @@ inline dim3 block_grid(int n, int k) {
     return dim3(ceil_div(ceil_div(k, kPanelColumns), kBlockWarps), strips(n));
 }
 
+// launch(Half() or BFloat16()), then what the launch said.
+template <class Launch>
+cudaError_t for_layout(Dtype layout, Launch launch) {
+    if (layout == Dtype::kFloat16) launch(Half());
+    else if (layout == Dtype::kBFloat16) launch(BFloat16());
+    else return cudaErrorInvalidValue;
+    return cudaGetLastError();
+}
+
 template <class Fmt>
 cudaError_t launch_quantize(const QuantizeProblem& p, cudaStream_t stream) {
     const int grid = strips(p.n), threads = kQuantizeWarps * 32;
-    switch (p.dtype) {
-        case Dtype::kFloat32: quantize_kernel<Fmt, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kFloat16: quantize_kernel<Fmt, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kBFloat16: quantize_kernel<Fmt, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
-    }
-    return cudaGetLastError();
+    return for_layout(p.layout, [&](auto layout) {
+        using T = decltype(layout);
+        switch (p.dtype) {
+            case Dtype::kFloat32: quantize_kernel<Fmt, T, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
+            case Dtype::kFloat16: quantize_kernel<Fmt, T, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
+            case Dtype::kBFloat16: quantize_kernel<Fmt, T, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
+        }
+    });
 }
 
 template <class Fmt>
 cudaError_t launch_dequantize(const DequantizeProblem& p, cudaStream_t stream) {
     const dim3 grid = block_grid(p.n, p.k);
     const int threads = kBlockWarps * 32;
-    switch (p.dtype) {
-        case Dtype::kFloat32: dequantize_kernel<Fmt, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kFloat16: dequantize_kernel<Fmt, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
-        case Dtype::kBFloat16: dequantize_kernel<Fmt, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
-    }
-    return cudaGetLastError();
+    return for_layout(p.layout, [&](auto layout) {
+        using T = decltype(layout);
+        switch (p.dtype) {
+            case Dtype::kFloat32: dequantize_kernel<Fmt, T, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
+            case Dtype::kFloat16: dequantize_kernel<Fmt, T, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
+            case Dtype::kBFloat16: dequantize_kernel<Fmt, T, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
+        }
+    });
 }
 
 template <class Fmt>
 cudaError_t launch_pack(const RelayoutProblem& p, cudaStream_t stream) {
-    pack_kernel<Fmt><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
+    return for_layout(p.layout, [&](auto layout) {
+        pack_kernel<Fmt, decltype(layout)><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
+    });
 }
 
 template <class Fmt>
 cudaError_t launch_unpack(const RelayoutProblem& p, cudaStream_t stream) {
-    unpack_kernel<Fmt><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
+    return for_layout(p.layout, [&](auto layout) {
+        unpack_kernel<Fmt, decltype(layout)><<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
+    });
 }
 
 }  // namespace tiles

@@ -11,7 +11,7 @@ namespace tiles {
 
 constexpr int kBlockWarps = 4;
 
-template <class Fmt, Dtype D>
+template <class Fmt, class T, Dtype D>
 __global__ void __launch_bounds__(kBlockWarps * 32) dequantize_kernel(const __grid_constant__ DequantizeProblem p) {
     using Type = typename Element<D>::Type;
     constexpr int kPitch = kBlockColumns + 16 / sizeof(Type);  // + 16 bytes spreads the rows over the banks
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) dequantize_kernel(const __gr
         scale[i] = rows[i] < p.n ? __ldg(p.scales + static_cast<size_t>(rows[i]) * p.groups + first_group) : 0.0f;
     auto stage_pair = [&](auto index) {
         constexpr int pair = decltype(index)::value;
-        const uint32_t places = extract<Fmt, pair, 0>(words);
+        const uint32_t places = extract<Fmt, T, pair>(words);
         Type two[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) dequantize_kernel(const __gr
             const int c = column + pair_column(lane, pair) + half, r = rows[pair % 2];
             if (!one_group && r < p.n && c < p.k)
                 s = __ldg(p.scales + static_cast<size_t>(r) * p.groups + c / p.group_size);
-            two[half] = Element<D>::round(value_at<Fmt>(places >> (16 * half)) * s);
+            two[half] = Element<D>::round(value_at<Fmt, T>(places >> (16 * half)) * s);
         }
         Type* to = staged[warp] + pair_row(lane, pair) * kPitch + pair_column(lane, pair);
         *reinterpret_cast<Two<Type>*>(to) = Two<Type>{two[0], two[1]};
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) dequantize_kernel(const __gr
 
 constexpr int kRun = 8, kRowRuns = kBlockColumns / kRun;
 
-template <class Fmt>
+template <class Fmt, class T>
 __global__ void __launch_bounds__(kBlockWarps * 32) unpack_kernel(const __grid_constant__ RelayoutProblem p) {
     __shared__ __align__(16) uint8_t codes[kBlockWarps][kBlockRows][kBlockColumns];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(kBlockWarps * 32) unpack_kernel(const __grid_c
     load_words<Fmt::kBits>(p.from + block_offset<Fmt::kBits>(strip, panel, panels), lane, words);
     auto stage_pair = [&](auto index) {
         constexpr int pair = decltype(index)::value;
-        const uint32_t places = extract<Fmt, pair, 0>(words);
+        const uint32_t places = extract<Fmt, T, pair>(words);
         uint8_t* to = &codes[warp][pair_row(lane, pair)][pair_column(lane, pair)];
-        to[0] = static_cast<uint8_t>(code_at<Fmt>(places));
-        to[1] = static_cast<uint8_t>(code_at<Fmt>(places >> 16));
+        to[0] = static_cast<uint8_t>(code_at<Fmt, T>(places));
+        to[1] = static_cast<uint8_t>(code_at<Fmt, T>(places >> 16));
     };
     for_each_pair(stage_pair);
     __syncwarp();
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) unpack_kernel(const __grid_c
     }
 }
 
-template <class Fmt>
+template <class Fmt, class T>
 __global__ void __launch_bounds__(kBlockWarps * 32) pack_kernel(const __grid_constant__ RelayoutProblem p) {
     __shared__ __align__(16) uint8_t codes[kBlockWarps][kBlockRows][kBlockColumns];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) pack_kernel(const __grid_con
     auto insert_pair = [&](auto index) {
         constexpr int pair = decltype(index)::value;
         const uint8_t* from = &codes[warp][pair_row(lane, pair)][pair_column(lane, pair)];
-        insert<Fmt, pair>(place_code<Fmt>(from[0]) | place_code<Fmt>(from[1]) << 16, words);
+        insert<Fmt, T, pair>(place_code<Fmt, T>(from[0]) | place_code<Fmt, T>(from[1]) << 16, words);
     };
     for_each_pair(insert_pair);
     store_words<Fmt::kBits>(p.to + block_offset<Fmt::kBits>(strip, panel, panels), lane, words);

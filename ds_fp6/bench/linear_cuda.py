@@ -127,14 +127,14 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
 
 
 class Weights:
-    """Copies of one random weight, packed and dense, and, for ``rivals``, of humming's form where that is installed."""
+    """Copies of one random weight, packed for x of ``dtype`` and dense, and, for ``rivals``, humming's if installed."""
 
     def __init__(
         self, n: int, k: int, fmt: Format, group_size: int, dtype: torch.dtype, rivals: bool = True
     ) -> None:
         self.n, self.k, self.fmt, self.group_size = n, k, fmt, group_size
         cache = torch.cuda.get_device_properties().L2_cache_size
-        shape = ops.packed_shape(torch.device("cuda"), fmt.bits, n, k)
+        shape = ops.packed_shape(torch.device("cuda"), fmt.bits, n, k, dtype)
         size = math.prod(shape)
         # Every code is a number, so random bytes are random weights.
         self.tiles = [

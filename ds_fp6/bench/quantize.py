@@ -27,7 +27,10 @@ COPIES_BYTES, RUNS, CHECKED_ROWS = 1 << 30, 9, 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-2-70b", choices=sorted(models.CONFIGS))
     parser.add_argument("--tp", type=int, default=1, help="layers of one of so many ranks")
-    parser.add_argument("--quantization-mode", default="wf6af16", help="format and group size, such as wf6af16g128")
+    parser.add_argument(
+        "--quantization-mode", default="wf6af16",
+        help="format, group size and the 16-bit type of weights and, on a GPU, layout, such as wf6af16g128",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
 
@@ -39,13 +42,14 @@ def run(args: argparse.Namespace) -> int:
         return 2
     mode = Mode.parse(args.quantization_mode)
     fmt, group_size = mode.format, mode.group_size
+    dtype = torch.bfloat16 if mode.activation == "bfloat16" else torch.float16
     torch.manual_seed(0)
     clock = _gpu_seconds if args.device == "cuda" else _cpu_seconds
     figures, wrong = [], 0
     print(f"{'layer':8} {'N':>6} {'K':>6} {'µs':>10} {'GB/s of 16-bit weights':>23}")
     for layer in models.linear_shapes(args.model, args.tp):
         count = max(1, COPIES_BYTES // (2 * layer.n * layer.k)) if args.device == "cuda" else 1
-        weights = [torch.randn((layer.n, layer.k), device=args.device).half() for _ in range(count)]
+        weights = [torch.randn((layer.n, layer.k), device=args.device).to(dtype) for _ in range(count)]
         seconds = clock(lambda copy: quantize(weights[copy % count], fmt, group_size))
         rate = weights[0].nbytes / seconds
         figures.append({"layer": layer.name, "n": layer.n, "k": layer.k, "seconds": seconds, "bytes_per_second": rate})

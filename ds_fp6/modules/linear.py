@@ -55,7 +55,7 @@ class QuantizedLinear(DSLinearBase):
             self._activation = None
 
     def transform_param(self, param: torch.Tensor) -> InferenceParameter:
-        """A weight [out, in] to packed codes and scales, a bias [out] to the activations' dtype.
+        """A weight [out, in] to codes, packed for x of the activations' dtype, and scales; a bias [out] to that dtype.
 
         Raises ``ValueError`` for another shape, or naming row and column of a weight that is not finite.
         """
@@ -65,7 +65,7 @@ class QuantizedLinear(DSLinearBase):
         if tuple(param.shape) != expected:
             raise ValueError(f"a weight of this layer is {list(expected)}, got {list(param.shape)}")
         scales = None if self.row_scales is None else self.row_scales.to(self._device)
-        weight = PackedWeight.from_dense(param.to(self._device), self.mode, scales)
+        weight = PackedWeight.from_dense(param.to(self._device), self.mode, scales, self._dtype)
         return InferenceParameter.initialize(weight.packed, scales=weight.scales, header=weight.header)
 
     def forward(self, hidden_states: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:

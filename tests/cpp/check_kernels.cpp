@@ -47,8 +47,8 @@ unsigned nearest(float t) {
     return best == 0 || !std::signbit(t) ? best : best | Fmt::kCodes / 2;
 }
 
-// Tiles of codes [n][k], by the layout's own coordinates.
-template <class Fmt>
+// Tiles for T of codes [n][k], by the layout's own coordinates.
+template <class Fmt, class T>
 std::vector<uint8_t> make_tiles(const std::vector<uint8_t>& codes, int n, int k) {
     const int panels_n = (n + 63) / 64, panels_k = (k + 63) / 64;
     std::vector<uint8_t> tiles(size_t(panels_n) * panels_k * Tiles<Fmt::kBits>::kPanelBytes);
@@ -62,7 +62,7 @@ std::vector<uint8_t> make_tiles(const std::vector<uint8_t>& codes, int n, int k)
                     const auto code = [&](int column) {
                         return r < n && column < k ? codes[size_t(r) * k + column] : 0u;
                     };
-                    insert<Fmt, i>(place_code<Fmt>(code(c)) | place_code<Fmt>(code(c + 1)) << 16, words);
+                    insert<Fmt, T, i>(place_code<Fmt, T>(code(c)) | place_code<Fmt, T>(code(c + 1)) << 16, words);
                 };
                 for_each_pair(insert_pair);
                 uint8_t* block = tiles.data() + tiles::block_offset<Fmt::kBits>(strip, panel, panels_k);
@@ -87,7 +87,7 @@ void check_linear(int m, int n, int k, int group_size, int blocks, int bias_kind
     for (uint16_t& v : x) v = narrow<T>(random_normal());
     for (float& v : scales) v = std::exp(random_normal()) / std::fabs(value<Fmt>(Fmt::kCodes / 2 - 1));
     for (int i = 0; i < n; ++i) bias32[i] = random_normal(), bias16[i] = narrow<T>(bias32[i]);
-    const std::vector<uint8_t> tiles = make_tiles<Fmt>(codes, n, k);
+    const std::vector<uint8_t> tiles = make_tiles<Fmt, T>(codes, n, k);
 
     sm80::Problem p{};
     p.tiles = tiles.data(), p.x = x.data(), p.scales = scales.data(), p.y = y.data();
@@ -167,8 +167,8 @@ void linear() {
     check_linear<E3M2, BFloat16, Tile64, true>(66, 65, 264, 64, 3, 1);
 }
 
-// Codes of a block's words, by the layout's own coordinates.
-template <class Fmt>
+// Codes of tiles for T, by the layout's own coordinates.
+template <class Fmt, class T>
 std::vector<uint8_t> read_tiles(const std::vector<uint8_t>& tiles, int n, int k) {
     const int panels_n = (n + 63) / 64, panels_k = (k + 63) / 64;
     std::vector<uint8_t> codes(size_t(panels_n) * 64 * panels_k * 64);
@@ -181,19 +181,22 @@ std::vector<uint8_t> read_tiles(const std::vector<uint8_t>& tiles, int n, int k)
                     std::memcpy(&words[i], block + Tiles<Fmt::kBits>::word_offset(lane, i), 4);
                 auto read_pair = [&](auto index) {
                     constexpr int i = decltype(index)::value;
-                    const uint32_t places = extract<Fmt, i, 0>(words);
+                    const uint32_t places = extract<Fmt, T, i>(words);
                     const size_t at = size_t(strip * 16 + pair_row(lane, i)) * panels_k * 64 + panel * 64 +
                                       pair_column(lane, i);
-                    codes[at] = uint8_t(code_at<Fmt>(places)), codes[at + 1] = uint8_t(code_at<Fmt>(places >> 16));
+                    codes[at] = uint8_t(code_at<Fmt, T>(places)), codes[at + 1] = uint8_t(code_at<Fmt, T>(places >> 16));
                 };
                 for_each_pair(read_pair);
             }
     return codes;
 }
 
+template <class T>
+constexpr Dtype kLayout = std::is_same<T, Half>::value ? Dtype::kFloat16 : Dtype::kBFloat16;
+
 // The weights as fp32, with what they must become; then through quantize, dequantize, unpack and pack.
-template <class Fmt, Dtype D>
-void check_quantize(int n, int k, int row_stride, int group_size, const std::vector<float>& weights,
+template <class Fmt, class T, Dtype D>
+void check_layout(int n, int k, int row_stride, int group_size, const std::vector<float>& weights,
                     const std::vector<float>& given) {
     using Type = typename tiles::Element<D>::Type;
     const int groups = group_size ? (k + group_size - 1) / group_size : 1, size = groups == 1 ? k : group_size;
@@ -205,20 +208,20 @@ void check_quantize(int n, int k, int row_stride, int group_size, const std::vec
     std::vector<float> scales(size_t(n) * groups, kNan);
     Refused refused{Refused::kNone, Refused::kNone};
     QuantizeProblem p{Fmt::kExponentBits, Fmt::kMantissaBits, w.data(), D, row_stride, n, k, groups, size,
-                      given.empty() ? nullptr : given.data(), packed.data(), scales.data(), &refused};
+                      given.empty() ? nullptr : given.data(), packed.data(), kLayout<T>, scales.data(), &refused};
     const auto run = [&](int grid_x, int grid_y, int threads, auto&& kernel) {
         for (blockIdx.y = 0; blockIdx.y < grid_y; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < grid_x; ++blockIdx.x) emulated::run_block(threads, kernel);
         blockIdx = Dim3{0, 0, 0};
     };
-    run(panels_n * 4, 1, tiles::kQuantizeWarps * 32, [&] { tiles::quantize_kernel<Fmt, D>(p); });
+    run(panels_n * 4, 1, tiles::kQuantizeWarps * 32, [&] { tiles::quantize_kernel<Fmt, T, D>(p); });
 
     const auto fail = [&](const char* what, int r, int c, double got, double want) {
         std::printf("e%dm%d %d x %d, groups of %d: %s [%d, %d] is %.9g, not %.9g\n", Fmt::kExponentBits,
                     Fmt::kMantissaBits, n, k, group_size, what, r, c, got, want);
         std::exit(1);
     };
-    const std::vector<uint8_t> codes = read_tiles<Fmt>(packed, n, k);
+    const std::vector<uint8_t> codes = read_tiles<Fmt, T>(packed, n, k);
     const size_t pitch = size_t(panels_k) * 64;
     std::vector<float> expected(size_t(n) * k);
     for (int r = 0; r < panels_n * 64; ++r)
@@ -247,10 +250,10 @@ void check_quantize(int n, int k, int row_stride, int group_size, const std::vec
     if (refused.weight != Refused::kNone || refused.scale != Refused::kNone) fail("refused", 0, 0, refused.weight, -1);
 
     std::vector<Type> dense(size_t(n) * k, tiles::Element<D>::round(kNan));
-    const DequantizeProblem d{Fmt::kExponentBits, Fmt::kMantissaBits, packed.data(), scales.data(), n, k, groups, size,
-                              dense.data(), D};
+    const DequantizeProblem d{Fmt::kExponentBits, Fmt::kMantissaBits, packed.data(), kLayout<T>, scales.data(), n, k, groups,
+                              size, dense.data(), D};
     const int grid_x = (panels_k + tiles::kBlockWarps - 1) / tiles::kBlockWarps, threads = tiles::kBlockWarps * 32;
-    run(grid_x, panels_n * 4, threads, [&] { tiles::dequantize_kernel<Fmt, D>(d); });
+    run(grid_x, panels_n * 4, threads, [&] { tiles::dequantize_kernel<Fmt, T, D>(d); });
     for (int r = 0; r < n; ++r)
         for (int c = 0; c < k; ++c) {
             const float got = tiles::Element<D>::widen(dense[size_t(r) * k + c]);
@@ -260,8 +263,8 @@ void check_quantize(int n, int k, int row_stride, int group_size, const std::vec
 
     const int row_bytes = (k * Fmt::kBits + 7) / 8;
     std::vector<uint8_t> rows(size_t(n) * row_bytes + 8, 0xEE), again(packed.size(), 0xFF);
-    const RelayoutProblem to_rows{Fmt::kExponentBits, Fmt::kMantissaBits, packed.data(), rows.data(), n, k};
-    run(grid_x, panels_n * 4, threads, [&] { tiles::unpack_kernel<Fmt>(to_rows); });
+    const RelayoutProblem to_rows{Fmt::kExponentBits, Fmt::kMantissaBits, packed.data(), rows.data(), kLayout<T>, n, k};
+    run(grid_x, panels_n * 4, threads, [&] { tiles::unpack_kernel<Fmt, T>(to_rows); });
     for (int r = 0; r < n; ++r)
         for (int bit = 0; bit < row_bytes * 8; ++bit) {
             const int want = bit < k * Fmt::kBits ? codes[r * pitch + bit / Fmt::kBits] >> bit % Fmt::kBits & 1 : 0;
@@ -269,9 +272,17 @@ void check_quantize(int n, int k, int row_stride, int group_size, const std::vec
         }
     for (int i = 0; i < 8; ++i)
         if (rows[size_t(n) * row_bytes + i] != 0xEE) fail("past the rows", n, i, rows[size_t(n) * row_bytes + i], 0xEE);
-    const RelayoutProblem to_tiles{Fmt::kExponentBits, Fmt::kMantissaBits, rows.data(), again.data(), n, k};
-    run(grid_x, panels_n * 4, threads, [&] { tiles::pack_kernel<Fmt>(to_tiles); });
+    const RelayoutProblem to_tiles{Fmt::kExponentBits, Fmt::kMantissaBits, rows.data(), again.data(), kLayout<T>, n, k};
+    run(grid_x, panels_n * 4, threads, [&] { tiles::pack_kernel<Fmt, T>(to_tiles); });
     if (again != packed) fail("packed again", 0, 0, 0, 0);
+}
+
+// In both layouts.
+template <class Fmt, Dtype D>
+void check_quantize(int n, int k, int row_stride, int group_size, const std::vector<float>& weights,
+                    const std::vector<float>& given) {
+    check_layout<Fmt, Half, D>(n, k, row_stride, group_size, weights, given);
+    check_layout<Fmt, BFloat16, D>(n, k, row_stride, group_size, weights, given);
 }
 
 std::vector<float> random_weights(int n, int k) {

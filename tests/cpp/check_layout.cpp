@@ -1,5 +1,6 @@
 // Holds csrc/common/layout.h and the dequantization to their definitions, for every code of every format, on a CPU.
 // Prints one line a format; returns 1 and says where at the first mismatch.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,8 +40,14 @@ double value_of_bits(uint32_t bits, int exponent_width, int mantissa_width) {
 
 bool same(double a, double b) { return a == b && std::signbit(a) == std::signbit(b); }
 
-// Pair P: every code in each half, the rest of the words random, through insert, extract and both dequantizations.
-template <class Fmt, int P>
+// Of T: fp16 has 5 and 10 bits, bf16 8 and 7.
+template <class T>
+double value_as(uint32_t bits) {
+    return value_of_bits(bits, 15 - T::kExponentAt, T::kExponentAt);
+}
+
+// Pair P of words for T: every code in each half, the rest of the words random, through insert, extract and dequantization.
+template <class Fmt, class T, int P>
 void check_pair() {
     constexpr int e = Fmt::kExponentBits, m = Fmt::kMantissaBits;
     for (unsigned code = 0; code < unsigned(Fmt::kCodes); ++code) {
@@ -49,38 +56,34 @@ void check_pair() {
             for (uint32_t& word : words) word = random_bits();
             // Clears the pair's bits: what extraction finds, inserted into zeros, is where they are.
             uint32_t mask[Fmt::kBits] = {};
-            cuda::insert<Fmt, P>(0xFFFFFFFFu, mask);
+            cuda::insert<Fmt, T, P>(0xFFFFFFFFu, mask);
             for (int i = 0; i < Fmt::kBits; ++i) words[i] &= ~mask[i];
             const unsigned other = random_bits() % Fmt::kCodes;
             const unsigned codes[2] = {half ? other : code, half ? code : other};
-            cuda::insert<Fmt, P>(cuda::place_code<Fmt>(codes[0]) | cuda::place_code<Fmt>(codes[1]) << 16, words);
+            cuda::insert<Fmt, T, P>(cuda::place_code<Fmt, T>(codes[0]) | cuda::place_code<Fmt, T>(codes[1]) << 16, words);
 
-            const uint32_t raw = cuda::extract<Fmt, P, 0>(words);
-            const uint32_t f16 = cuda::Dequant<Fmt, Half>::template pair<P>(words);
-            const uint32_t bf16 = cuda::Dequant<Fmt, BFloat16>::template pair<P>(words);
+            const uint32_t raw = cuda::extract<Fmt, T, P>(words);
+            const uint32_t operand = cuda::Dequant<Fmt, T>::template pair<P>(words);
             for (int h = 0; h < 2; ++h) {
                 const double want = value_of_code(e, m, codes[h]);
                 const uint32_t place = raw >> (16 * h) & 0xFFFF;
-                if (cuda::code_at<Fmt>(place) != codes[h])
-                    fail("the code", e, m, P, h, codes[h], cuda::code_at<Fmt>(place), codes[h]);
-                const double as_f16 = std::ldexp(value_of_bits(f16 >> (16 * h) & 0xFFFF, 5, 10),
-                                                 cuda::Dequant<Fmt, Half>::kScaleExponent);
-                const double as_bf16 = std::ldexp(value_of_bits(bf16 >> (16 * h) & 0xFFFF, 8, 7),
-                                                  cuda::Dequant<Fmt, BFloat16>::kScaleExponent);
-                if (!same(as_f16, want)) fail("the fp16 value", e, m, P, h, codes[h], as_f16, want);
-                if (!same(as_bf16, want)) fail("the bf16 value", e, m, P, h, codes[h], as_bf16, want);
-                const double as_f32 = cuda::value_at<Fmt>(place);
+                if (cuda::code_at<Fmt, T>(place) != codes[h])
+                    fail("the code", e, m, P, h, codes[h], cuda::code_at<Fmt, T>(place), codes[h]);
+                const double value = std::ldexp(value_as<T>(operand >> (16 * h) & 0xFFFF), cuda::Dequant<Fmt, T>::kScaleExponent);
+                if (!same(value, want))
+                    fail(T::kExponentAt == 10 ? "the fp16 value" : "the bf16 value", e, m, P, h, codes[h], value, want);
+                const double as_f32 = cuda::value_at<Fmt, T>(place);
                 if (!same(as_f32, want)) fail("the fp32 value", e, m, P, h, codes[h], as_f32, want);
             }
         }
     }
 }
 
-template <class Fmt, int P = 0>
+template <class Fmt, class T, int P = 0>
 void check_pairs() {
     if constexpr (P < kPairs) {
-        check_pair<Fmt, P>();
-        check_pairs<Fmt, P + 1>();
+        check_pair<Fmt, T, P>();
+        check_pairs<Fmt, T, P + 1>();
     }
 }
 
@@ -100,7 +103,8 @@ void check_fragment(const uint32_t (&words)[Fmt::kBits]) {
 template <int E, int M>
 void check_format() {
     using Fmt = Format<E, M>;
-    check_pairs<Fmt>();
+    check_pairs<Fmt, Half>();
+    check_pairs<Fmt, BFloat16>();
     uint32_t words[Fmt::kBits];
     for (uint32_t& word : words) word = random_bits();
     check_fragment<Fmt, Half, 0>(words), check_fragment<Fmt, Half, 1>(words);
@@ -109,27 +113,35 @@ void check_format() {
     std::printf("e%dm%d\n", E, M);
 }
 
-// e3m2's words as the layout defines them, written out by hand.
+// The eight pairs of each half of a lane's words, as fragments' registers.
+template <class T>
+std::array<uint32_t, 16> fragments(const uint32_t (&w)[6]) {
+    uint32_t a[4][4];
+    cuda::Dequant<Format<3, 2>, T>::template fragment<0>(w, a[0]), cuda::Dequant<Format<3, 2>, T>::template fragment<1>(w, a[1]);
+    cuda::Dequant<Format<3, 2>, T>::template fragment<2>(w, a[2]), cuda::Dequant<Format<3, 2>, T>::template fragment<3>(w, a[3]);
+    std::array<uint32_t, 16> all;
+    for (int i = 0; i < 16; ++i) all[i] = a[i / 4][i % 4];
+    return all;
+}
+
+// e3m2's words as the layouts define them, written out by hand.
 void check_e3m2_by_hand() {
     for (int round = 0; round < 1000; ++round) {
         uint32_t w[6];
         for (uint32_t& word : w) word = random_bits();
+        const std::array<uint32_t, 16> f16 = fragments<Half>(w), bf16 = fragments<BFloat16>(w);
         for (int group = 0; group < 2; ++group) {
             const uint32_t a = w[3 * group], b = w[3 * group + 1], c = w[3 * group + 2];
             const uint32_t v = ((a << 2 | a >> 30) & 0x81818181u) | (b >> 2 & 0x18181818u) | (c >> 4 & 0x06060606u);
-            const uint32_t sources[4] = {a, b, c, v};
-            uint32_t first[4], second[4];
-            if (group == 0) {
-                cuda::Dequant<Format<3, 2>, Half>::fragment<0>(w, first);
-                cuda::Dequant<Format<3, 2>, Half>::fragment<1>(w, second);
-            } else {
-                cuda::Dequant<Format<3, 2>, Half>::fragment<2>(w, first);
-                cuda::Dequant<Format<3, 2>, Half>::fragment<3>(w, second);
-            }
+            const uint32_t u = ((a << 4 | a >> 28) & 0x80078007u) | (b >> 4 & 0x07800780u) | (c >> 8 & 0x00780078u);
+            const uint32_t for_f16[4] = {a, b, c, v}, for_bf16[4] = {a, b, c, u};
             for (int i = 0; i < 8; ++i) {
-                const uint32_t want = (i % 2 ? sources[i / 2] << 8 : sources[i / 2]) & 0x9F009F00u;
-                const uint32_t got = i < 4 ? first[i] : second[i - 4];
-                if (got != want) fail("layout A", 3, 2, 8 * group + i, 0, 0, got, want);
+                const int pair = 8 * group + i;
+                const uint32_t want = (i % 2 ? for_f16[i / 2] << 8 : for_f16[i / 2]) & 0x9F009F00u;
+                if (f16[pair] != want) fail("the layout for fp16", 3, 2, pair, 0, 0, f16[pair], want);
+                const uint32_t bits = (i % 2 ? for_bf16[i / 2] << 5 : for_bf16[i / 2]) & 0x83E083E0u;
+                const uint32_t scaled = cuda::scale_bf16x2<127 - 3 - 20>(bits);
+                if (bf16[pair] != scaled) fail("the layout for bf16", 3, 2, pair, 0, 0, bf16[pair], scaled);
             }
         }
     }

@@ -1,5 +1,5 @@
-// Every problem on every GPU has a tile and a split that the kernel and its workspace can take; and bf16 that stays bf16,
-// or becomes fp16 in the ring, takes each tile that is compiled for it.
+// Every problem on every GPU has a tile and a split that the kernel and its workspace can take; and every tile that is
+// compiled has problems, in fp16 and in bf16.
 #include <cstdio>
 #include <cstdlib>
 
@@ -21,44 +21,32 @@ static void check_split(const LinearProblem& p, const Device& device, const Tili
     if (s.whole < 0 || s.range_begin(split.workers) != shared) fail("ranges that do not end with the tiles");
 }
 
-// By the tile's number, whether bf16 that stays bf16 takes it where the memory is fast, and where it is slow; and whether
-// bf16 that becomes fp16 in the ring does.
-static bool taken[64][2], taken_in_ring[64];
+// By the tile's number, whether a problem of the type takes it.
+static bool taken[64][2];
 
 static void check_plan(const LinearProblem& p, const Device& device, const Plan& plan) {
     UngroupedTiles::with(plan.tile, [&](auto tile) {
         using T = decltype(tile);
         const Tiling tiling = Tiling::of<T>(p, device);
-        const BFloat16Way way = bf16_way(p, device);
-        const bool in_bf16 = way == BFloat16Way::kAsTheyAre, in_ring = way == BFloat16Way::kInRing;
-        const bool compiled = (!in_bf16 || BFloat16Tiles::contains<T>()) && (!in_ring || ConvertingTiles::contains<T>());
-        taken[plan.tile][memory_is_slow(device)] |= in_bf16;
-        taken_in_ring[plan.tile] |= in_ring;
-        if (!compiled || ((p.m <= 64 || in_bf16) && tiling.tiles_m != 1)) {
-            std::printf("m %d: tiles of %d tokens%s\n", p.m, T::kTokens, compiled ? "" : ", not compiled for bf16");
+        taken[plan.tile][p.dtype == Dtype::kBFloat16] = true;
+        if (p.m <= 64 && tiling.tiles_m != 1) {
+            std::printf("m %d: tiles of %d tokens\n", p.m, T::kTokens);
             std::exit(1);
         }
         check_split(p, device, tiling, plan.split.workers ? plan.split : tiling.cut(), T::kClusterK);
     });
 }
 
-// Tiles of 128 tokens are for every memory, the others for slow ones.
+// None is compiled in vain.
 template <class... T>
 static void check_taken(TileList<T...>) {
     const auto check = [](int number, int tokens) {
-        const bool fast = taken[number][false], slow = taken[number][true];
-        if (slow && fast == (tokens == 128)) return;
-        std::printf("tile %d of %d tokens: bf16 takes it with fast memory: %d, with slow: %d\n", number, tokens, fast, slow);
+        const bool by_f16 = taken[number][0], by_bf16 = taken[number][1];
+        if (by_f16 && by_bf16) return;
+        std::printf("tile %d of %d tokens: taken by fp16: %d, by bf16: %d\n", number, tokens, by_f16, by_bf16);
         std::exit(1);
     };
     (check(UngroupedTiles::number<T>(), T::kTokens), ...);
-}
-
-template <class... T>
-static void check_taken_in_ring(TileList<T...>) {
-    if ((taken_in_ring[UngroupedTiles::number<T>()] && ...)) return;
-    std::printf("a tile that converts is not taken\n");
-    std::exit(1);
 }
 
 int main() {
@@ -70,14 +58,15 @@ int main() {
                     p.m = m, p.n = n, p.k = k, p.groups = 1;
                     for (double bandwidth : {25e9, 37e9}) {  // of an SM
                         const Device device{0, 9, 0, sms, 227 * 1024, bandwidth * sms};
-                        p.dtype = Dtype::kBFloat16, p.x_stride = k;
-                        check_plan(p, device, choose_plan(p, device));
+                        for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+                            p.dtype = dtype, p.x_stride = k;
+                            check_plan(p, device, choose_plan(p, device));
+                        }
                     }
                 }
             }
         }
     }
-    check_taken(BFloat16Tiles());
-    check_taken_in_ring(ConvertingTiles());
+    check_taken(UngroupedTiles());
     std::printf("right\n");
 }

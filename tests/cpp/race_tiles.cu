@@ -6,9 +6,8 @@
 //       -o race_tiles tests/cpp/race_tiles.cu
 //   ./race_tiles qkv:64 gate_up:64:bf16 6144x4096:1
 //
-// A problem is a layer of LLaMA-2-70B or NxK (multiples of 64), the tokens, and the type of x, fp16 by default. bf16 runs
-// with a conversion in front, and, with -DRACE_BF16, also as it is and with the conversion in the ring. -DFORMAT=2,2 takes
-// another format.
+// A problem is a layer of LLaMA-2-70B or NxK (multiples of 64), the tokens, and the type of x, fp16 by default.
+// -DFORMAT=2,2 takes another format.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <unistd.h>
@@ -22,7 +21,6 @@
 #include <string>
 #include <vector>
 
-#include "linear_sm90_from_bf16.cuh"
 #include "linear_sm90_launch.cuh"
 
 #ifndef FORMAT
@@ -79,18 +77,24 @@ __global__ void fill_x(Element* x, size_t count) {
     }
 }
 
+// Of x, and what its weights are laid out for.
+template <class Element>
+using Operand = std::conditional_t<std::is_same_v<Element, __half>, Half, BFloat16>;
+
+__device__ double widen(uint32_t bits, Half) { return __half2float(__ushort_as_half(bits)); }
+__device__ double widen(uint32_t bits, BFloat16) { return __uint_as_float(bits << 16); }
+
 // One channel of a lane's weights of a block, those of the row that it has twice, times x.
-template <int... kPair>
+template <class Type, int... kPair>
 __device__ double dot(const uint32_t (&words)[Fmt::kBits], int lane, int second_row, const double* x,
                       std::integer_sequence<int, kPair...>) {
     double sum = 0;
     const auto add = [&](int pair, uint32_t values) {
         if (pair % 2 != second_row) return;
         const int column = pair_column(lane, pair);
-        sum += static_cast<double>(__half2float(__ushort_as_half(values & 0xFFFF))) * x[column];
-        sum += static_cast<double>(__half2float(__ushort_as_half(values >> 16))) * x[column + 1];
+        sum += widen(values & 0xFFFF, Type()) * x[column] + widen(values >> 16, Type()) * x[column + 1];
     };
-    (add(kPair, Dequant<Fmt, Half>::template pair<kPair>(words)), ...);
+    (add(kPair, Dequant<Fmt, Type>::template pair<kPair>(words)), ...);
     return sum;
 }
 
@@ -109,7 +113,7 @@ __global__ void multiply(const uint8_t* tiles, const float* scales, const Elemen
             for (int i = 0; i < Fmt::kBits; ++i) {
                 words[i] = *reinterpret_cast<const uint32_t*>(block + Tiles<Fmt::kBits>::word_offset(lane, i));
             }
-            sum += dot(words, lane, row / 8, of_block, std::make_integer_sequence<int, kPairs>());
+            sum += dot<Operand<Element>>(words, lane, row / 8, of_block, std::make_integer_sequence<int, kPairs>());
         }
     }
     __shared__ double sums[128];
@@ -117,7 +121,7 @@ __global__ void multiply(const uint8_t* tiles, const float* scales, const Elemen
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int i = 1; i < blockDim.x; ++i) sum += sums[i];
-    expected[blockIdx.x * gridDim.y + m] = sum * (1 << Dequant<Fmt, Half>::kScaleExponent) * scales[n];
+    expected[blockIdx.x * gridDim.y + m] = sum * (1 << Dequant<Fmt, Operand<Element>>::kScaleExponent) * scales[n];
 }
 
 struct Contender {
@@ -139,7 +143,6 @@ public:
 
     template <class Element>
     void run(const std::string& name, int m, int n, int k) {
-        constexpr bool kBFloat16 = std::is_same_v<Element, __nv_bfloat16>;
         const size_t bytes = size_t(n) * k * Fmt::kBits / 8;
         const int copies = static_cast<int>(kRotatedBytes / bytes) + 1;
         std::vector<uint8_t*> weights(copies);
@@ -155,12 +158,11 @@ public:
         fill_x<<<512, 256>>>(x, size_t(m) * k);
         LinearProblem p{};
         p.exponent_bits = Fmt::kExponentBits, p.mantissa_bits = Fmt::kMantissaBits;
-        p.dtype = p.bias_dtype = kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
+        p.dtype = p.bias_dtype = std::is_same_v<Element, __half> ? Dtype::kFloat16 : Dtype::kBFloat16;
         p.x = x, p.x_stride = k, p.scales = scales, p.groups = 1, p.y = y, p.m = m, p.n = n, p.k = k;
-        scratch_ = allocate<uint8_t>(f16_bytes(p) + m * sizeof(float));
 
         contenders_.clear();
-#define RACE(tile) add<tile, kBFloat16>(p, #tile);
+#define RACE(tile) add<tile, Codes<Fmt, Operand<Element>>>(p, #tile);
         TILES
 #undef RACE
         for (int i = 0; i < std::min(copies, 2); ++i) compare(p, weights[i], x);
@@ -173,35 +175,21 @@ public:
         }
         std::fflush(stdout);
         for (uint8_t* memory : weights) cudaFree(memory);
-        cudaFree(scales), cudaFree(x), cudaFree(y), cudaFree(scratch_);
+        cudaFree(scales), cudaFree(x), cudaFree(y);
     }
 
 private:
     // With its cut tiles and, where a round of them suffices, with whole ones.
     template <class T, class C>
-    void add_splits(const LinearProblem& p, const std::string& name, bool in_front) {
+    void add(const LinearProblem& p, const std::string& name) {
         const Tiling tiling = Tiling::of<T>(p, device_);
         const auto push = [&](Split split, const char* kind) {
-            contenders_.push_back({name + kind, [=](LinearProblem q) {
-                                       const cudaError_t status =
-                                           in_front ? convert_activations(q, scratch_, stream_) : cudaSuccess;
-                                       if (status != cudaSuccess) return status;
+            contenders_.push_back({name + kind, [=](const LinearProblem& q) {
                                        return launch_tile<T, C, false>(q, device_, workspace_, stream_, split);
                                    }});
         };
         push(tiling.cut(), "");
         if (!tiling.even() && tiling.tiles() <= tiling.most_workers) push(tiling.whole(), " whole");
-    }
-
-    template <class T, bool kBFloat16>
-    void add(const LinearProblem& p, const std::string& name) {
-        add_splits<T, Codes<Fmt, Half>>(p, name + (kBFloat16 ? " in front" : ""), kBFloat16);
-#if defined(RACE_BF16)
-        if constexpr (kBFloat16) {
-            add_splits<T, Codes<Fmt, BFloat16>>(p, name + " as it is", false);
-            add_splits<Converting<T>, Codes<Fmt, Half>>(p, name + " in the ring", false);
-        }
-#endif
     }
 
     template <class Element>
@@ -263,7 +251,7 @@ private:
     Device device_;
     cudaStream_t stream_{};
     cudaEvent_t begin_{}, end_{};
-    uint8_t *workspace_ = nullptr, *scratch_ = nullptr;
+    uint8_t* workspace_ = nullptr;
     std::vector<Contender> contenders_;
 };
 

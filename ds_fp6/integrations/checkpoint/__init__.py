@@ -111,7 +111,7 @@ def _populate_model_parameters(self: InferenceV2Policy) -> None:
         )
     else:
         buffer, metadata = flat.read(self._inf_checkpoint_path, self.model)
-        flat.restore(container_map, buffer, metadata)
+        flat.restore(container_map, buffer, metadata, self.model.activation_dtype.value)
     container_map.validate()
     self.model.set_parameters(
         transformer=container_map.transformer_params,

@@ -2,7 +2,8 @@
 
 Only serialization needs the buffer, so it is laid out when it is asked for, on the host, and never stands beside a
 model that is being loaded. Files and tables are DeepSpeed's own, plus ``ds_fp6.json``, which says how the weights are
-quantized. Packed weights are stored in the canonical layout, so that what a GPU wrote loads on a CPU and vice versa.
+quantized. Packed weights are stored in the canonical layout, so that what a GPU wrote loads on a CPU and vice versa; a
+GPU lays them out for the model's type of activations as they are read.
 """
 
 from __future__ import annotations
@@ -127,9 +128,12 @@ def flatten(model: Any) -> torch.Tensor:
     return buffer
 
 
-def restore(container_map: ContainerMap, buffer: torch.Tensor, metadata: ModelMetadata) -> None:
+def restore(
+    container_map: ContainerMap, buffer: torch.Tensor, metadata: ModelMetadata, dtype: torch.dtype
+) -> None:
     """Fills the containers from ``buffer`` on the host, parameter by parameter.
 
+    ``dtype`` is that of the model's activations, which packed weights are laid out for.
     Raises ``ValueError`` for a buffer or a table cut short.
     """
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < buffer_bytes(metadata):
@@ -163,7 +167,7 @@ def restore(container_map: ContainerMap, buffer: torch.Tensor, metadata: ModelMe
             core = stored(places.core_param)
             aux = {key: stored(place) for key, place in places.aux_params.items()}
             if HEADER in aux:
-                core = to_device_layout(core.to(device), *_packing(aux[HEADER]))
+                core = to_device_layout(core.to(device), *_packing(aux[HEADER]), dtype)
             aux = {key: keep(places.aux_params[key], tensor) for key, tensor in aux.items()}
             container.direct_injection(name, InferenceParameter.initialize(keep(places.core_param, core), **aux))
 

@@ -1,7 +1,6 @@
 // Compares linear_sm90, launcher and kernels, with a product in double precision: random codes, activations, scales, bias.
-// Activations in bf16 have rows of very different magnitudes, and gaps between the rows. They are multiplied as they are
-// where the GPU, whose memory is slow, is to do so, and become fp16 first elsewhere; or in the ring. Each problem with an
-// even n runs once more with a gate, which must make of y what double precision makes of the same y.
+// Activations in bf16 have rows of very different magnitudes, and gaps between the rows; their GPU's memory is slow. Each
+// problem with an even n runs once more with a gate, which must make of y what double precision makes of the same y.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
 // else the n-th of kTiles).
@@ -37,7 +36,6 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
     return bytes <= emulator::kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-#include "linear_sm90_from_bf16.cuh"
 #include "linear_sm90_launch.cuh"
 
 using namespace ds_fp6;
@@ -76,13 +74,6 @@ extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, con
     for (unsigned i = 0; i < config->numAttrs; ++i) {
         if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
     }
-    using Convert = void (*)(const sm90::Rows);
-    const auto convert = reinterpret_cast<Convert>(const_cast<void*>(function));
-    if (convert == &sm90::linear_sm90_from_bf16_kernel<true> || convert == &sm90::linear_sm90_from_bf16_kernel<false>) {
-        const auto& rows = *static_cast<const sm90::Rows*>(arguments[0]);
-        emulator::kernel_body = [=] { convert(rows); };
-        return emulator::launch(config->gridDim.x, config->blockDim.x, cluster) ? cudaSuccess : cudaErrorLaunchTimeout;
-    }
     using Kernel = void (*)(const CUtensorMap, const sm90::Problem, const CUtensorMap);
     const auto kernel = reinterpret_cast<Kernel>(const_cast<void*>(function));
     const auto& x_map = *static_cast<const CUtensorMap*>(arguments[0]);
@@ -95,6 +86,7 @@ extern "C" cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, con
 using Fmt = EMULATED_FORMAT;
 using Element = EMULATED_ELEMENT;
 constexpr bool kHalf = std::is_same_v<Element, __half>;
+using Operand = std::conditional_t<kHalf, Half, BFloat16>;
 
 static double value_of_code(int code) {
     const int mantissa = code & ((1 << Fmt::kMantissaBits) - 1);
@@ -107,10 +99,10 @@ static double value_of_code(int code) {
 
 // Puts a code where the kernel looks for it, bit by bit along the format's map.
 static void put(std::vector<uint8_t>& tiles, int k_blocks, int n, int k, int code) {
-    constexpr BitMap map = BitMapOf<Fmt>::kMap;
+    constexpr BitMap map = BitMapOf<Fmt, Operand>::kMap;
     const int row = n % 16, column = k % 64;
     const int lane = row % 8 * 4 + column % 8 / 2, pair = column / 16 * 4 + column % 16 / 8 * 2 + row / 8;
-    uint32_t bits = static_cast<uint32_t>(code & (Fmt::kCodes / 2 - 1)) << BitMapOf<Fmt>::kShift;
+    uint32_t bits = static_cast<uint32_t>(code & (Fmt::kCodes / 2 - 1)) << BitMapOf<Fmt, Operand>::kShift;
     if (code >> (Fmt::kBits - 1)) bits |= 0x8000u;
     if (column % 2 != 0) bits <<= 16;
     uint8_t* block = tiles.data() + (size_t(n / 64) * k_blocks + k / 64) * Tiles<Fmt::kBits>::kPanelBytes +
@@ -135,19 +127,17 @@ static void put(std::vector<uint8_t>& tiles, int k_blocks, int n, int k, int cod
 constexpr float kPoison = -12345.f;
 
 template <class T>
-constexpr auto kLaunch = &sm90::launch_tile<T, sm90::Codes<Fmt, Half>, false>;
+constexpr auto kLaunch = &sm90::launch_tile<T, sm90::Codes<Fmt, Operand>, false>;
 
 // Tiles that the heuristics take for weights too many to emulate.
-constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {  // the last two: of activations in bf16
+constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {
     kLaunch<sm90::Tile32Wide>,     kLaunch<sm90::Tile64>,         kLaunch<sm90::Tile8Wide>,
     kLaunch<sm90::Tile16Wide>,     kLaunch<sm90::Tile32>,         kLaunch<sm90::Tile32Cut>,
     kLaunch<sm90::Tile64WideCut>,  kLaunch<sm90::Tile128>,        kLaunch<sm90::Tile128Narrow>,
     kLaunch<sm90::Tile128Cut>,     kLaunch<sm90::Tile48>,         kLaunch<sm90::Tile48Cut>,
     kLaunch<sm90::Tile96>,         kLaunch<sm90::Tile96Narrow>,   kLaunch<sm90::Tile96Cut>,
     kLaunch<sm90::Tile64Cut>,      kLaunch<sm90::Tile16Cut>,
-    kLaunch<sm90::Converting<sm90::Tile8Wide>>, kLaunch<sm90::Converting<sm90::Tile8>>,
 };
-constexpr int kConvertingTiles = 2;
 
 // What x's row i is scaled with.
 static float magnitude_of_row(int i) {
@@ -167,7 +157,7 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
     const int k_blocks = (k + 63) / 64, groups = group_size ? (k + group_size - 1) / group_size : 1;
     std::vector<uint8_t> tiles(size_t((n + 63) / 64) * k_blocks * Tiles<Fmt::kBits>::kPanelBytes + 16);
     std::vector<double> w(size_t(n) * k);
-    const int stride = kHalf ? k : k % 3 == 0 ? k + 1 : k + 8;
+    const int stride = kHalf ? k : k + 8;
     std::vector<Element> x(size_t(m) * stride), bias16(n), y(size_t(m + 1) * n + 8, Element(kPoison));
     std::vector<float> scales(size_t(n) * groups), bias32(n);
     for (auto& s : scales) s = 0.5f + (random() % 1024) / 1024.f;
@@ -211,19 +201,11 @@ static bool check(int m, int n, int k, int group_size, int bias, int sms, int ti
             expected[size_t(i) * n + j] = sum, magnitude[size_t(i) * n + j] = magnitudes;
         }
     }
-    std::vector<uint8_t> scratch(sm90::f16_bytes(p) + m * sizeof(float));
-    const bool in_ring = tile > int(std::size(kTiles)) - kConvertingTiles;
-    const bool in_bf16 = !kHalf && tile == 0 && sm90::bf16_way(p, device) == sm90::BFloat16Way::kAsTheyAre;
-    if (!kHalf && !in_bf16 && !in_ring && sm90::convert_activations(p, scratch.data(), nullptr) != cudaSuccess) {
-        std::printf("m %d n %d k %d: conversion failed\n", m, n, k);
-        return false;
-    }
-    // Of rounding y; and, where nothing scales sums, of those below fp32's normal numbers, times weights' 2^20 and a scale.
-    const double step = kHalf ? 0x1p-11 : 0x1p-8, below_normal = in_bf16 || in_ring ? k * 0x1p-129 * 1.5 : 0;
+    // Of rounding y; and in bf16 of sums below fp32's normal numbers, times weights' 2^20 and a scale.
+    const double step = kHalf ? 0x1p-11 : 0x1p-8, below_normal = kHalf ? 0 : k * 0x1p-129 * 1.5;
     const double smallest = (kHalf ? 0x1p-24 : 0x1p-133) + below_normal;
     const auto launch = [&] {
-        if (in_bf16) return sm90::launch_bf16<Fmt>(p, device, workspace.data(), nullptr);
-        return tile == 0 ? sm90::launch<Fmt>(p, device, workspace.data(), nullptr)
+        return tile == 0 ? sm90::launch<Fmt, Operand>(p, device, workspace.data(), nullptr)
                          : kTiles[tile - 1](p, device, workspace.data(), nullptr, sm90::Split{});
     };
     for (int turn = 0; turn < 2; ++turn) {  // the second launch finds the sums that the first one left: none

@@ -18,7 +18,6 @@ inline void barrier_init(uint32_t address, uint32_t arrivals) {
     b.count = b.pending = arrivals;
 }
 inline void barrier_init_fence() {}
-inline void async_proxy_fence() {}
 inline void barrier_arrive_expect(uint32_t address, uint32_t bytes) { ++progress, barrier(address).expect(bytes); }
 inline void barrier_arrive(uint32_t address) { ++progress, barrier(address).arrive(); }
 inline uint32_t map_to_rank(uint32_t address, uint32_t rank) { return address | (rank + 1) << 24; }
@@ -107,9 +106,6 @@ inline float4 load_shared_float4(uint32_t address) {
 }
 inline void store_shared_16(uint32_t address, float4 v) { std::memcpy(memory(address, 16), &v, 16); }
 inline void store_shared_16(uint32_t address, uint4 v) { std::memcpy(memory(address, 16), &v, 16); }
-inline void store_shared_4(uint32_t address, uint32_t v) { std::memcpy(memory(address, 4), &v, 4); }
-inline void store_cluster_4(uint32_t address, uint32_t v) { store_shared_4(address, v); }
-inline void store_shared_2(uint32_t address, uint16_t v) { std::memcpy(memory(address, 2), &v, 2); }
 inline void store_async_16(uint32_t address, float4 v, uint32_t signal) {
     uint8_t* to = memory(address, 16);
     Barrier* b = &barrier(signal);
@@ -144,18 +140,7 @@ void registers_decrease() {}
 inline void named_sync(int id, int threads) { meet(current->block->meetings[id], threads); }
 inline void named_arrive(int id, int threads) { arrive(current->block->meetings[id], threads); }
 inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-inline uint32_t larger_u16x2(uint32_t a, uint32_t b) {
-    return larger(a >> 16, b >> 16) << 16 | larger(a & 0xFFFF, b & 0xFFFF);
-}
-inline uint32_t warp_largest(uint32_t value) {
-    current->shown[0] = value;
-    meet_warp();
-    for (int lane = 0; lane < 32; ++lane) value = larger(value, lane_of_warp(lane).shown[0]);
-    meet_warp();
-    return value;
-}
 
-inline bool warp_all(bool condition) { return warp_largest(!condition) == 0; }
 template <int kLanes>
 uint32_t lanes_largest(uint32_t value, int lane) {
     current->shown[0] = value;
@@ -174,7 +159,6 @@ inline void cluster_wait() {
     while (current->block->cluster_meeting->generation == current->cluster_generation) yield();
 }
 inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
-inline void cluster_sync_writes() { cluster_sync(); }
 inline void wait_for_earlier_grids() { current->earlier_grids_ended = true; }
 inline void launch_later_grids() {}
 
