@@ -20,7 +20,7 @@ from models import build, save
     "name, kind",
     [
         ("void ds_fp6::cuda::sm90::linear_sm90_kernel<...>(CUtensorMap, ds_fp6::cuda::sm90::Problem)", "linear"),
-        ("void ds_fp6::cuda::sm90::linear_sm90_from_bf16_kernel<true>(ds_fp6::cuda::sm90::Rows)", "linear"),
+        ("void ds_fp6::cuda::sm80::linear_sm80_kernel<...>(ds_fp6::cuda::sm80::Problem)", "linear"),
         ("nvjet_sm90_hsh_128x8_64x12_4x1_v_bz_TNT", "linear"),
         ("void gemv2T_kernel_val<int, int, __half>", "linear"),
         ("flash_fwd_splitkv_kernel", "attention"),

@@ -1,9 +1,9 @@
 // Where a code's bits lie in its lane's words (layout.h).
 //
-// That is a BitMap, of the format and of the type of the activations, for which the words are laid out. It is written down
-// as the way to extract them: rotate a word, mask it, and what is left stands in that type's places, both halves of the
-// register alike:
-//   sign at bit 15, exponent and mantissa as one run whose last exponent bit is that of the type: bit 10 in fp16, 7 in bf16.
+// That is a BitMap, of the format and of the type of the activations, for which the words are laid out. It is written
+// down as the way to extract them: rotate a word, mask it, and what is left stands in that type's places, both halves of
+// the register alike:
+//   sign at bit 15, exponent and mantissa as one run whose last exponent bit is the type's: bit 10 in fp16, 7 in bf16.
 // Read as fp16 that is w * 2^(bias - 15) exactly, subnormals included, with no multiplication; as bf16 it is
 // w * 2^(bias - 127), which one multiplication takes away from the end of fp32's range (dequant.cuh).
 //
@@ -57,7 +57,8 @@ constexpr void add(Terms& terms, int source, int rotate, uint32_t mask) {
 
 namespace f16 {
 
-// A byte of a source is a code whose sign is bit 7: pair `pair` from the upper byte of each half, the next from the lower.
+// A byte of a source is a code whose sign is bit 7: pair `pair` from the upper byte of each half, the next from the
+// lower.
 constexpr void add_bytes(BitMap& map, int pair, int source, uint32_t code_bits) {
     add(map.pair[pair], source, 0, both_halves(code_bits << 8));
     add(map.pair[pair + 1], source, 8, both_halves(code_bits << 8));
@@ -154,8 +155,8 @@ constexpr void add_two(BitMap& map, int pair, int source, uint32_t code_bits) {
     add(map.pair[pair + 1], source, 5, both_halves(code_bits));
 }
 
-// e3m2: halves s....eeemm and .....s....eeemm. The spare bits 14 ... 11 of three words are a virtual word's four codes; the
-// rotation by 4 takes bits 14 ... 12 into the next half's 2 ... 0.
+// e3m2: halves s.....eeemm..... and .....s.....eeemm. The spare bits 14 ... 11 of three words are a virtual word's four
+// codes; the rotation by 4 takes bits 14 ... 12 into the next half's 2 ... 0.
 constexpr BitMap e3m2() {
     BitMap map{};
     map.virtual_words = 2;
@@ -171,8 +172,8 @@ constexpr BitMap e3m2() {
     return map;
 }
 
-// e2m2, low = 5, spare = 9, and e3m1, low = 6, spare = 5: a sign and four bits from `low` on, twice. Bits 14 ... 11, `spare`
-// and `spare` - 5 of five words are spare and make three virtual words.
+// e2m2, low = 5, spare = 9, and e3m1, low = 6, spare = 5: a sign and four bits from `low` on, twice. Bits 14 ... 11,
+// `spare` and `spare` - 5 of five words are spare and make three virtual words.
 constexpr BitMap five_bits(int low, int spare) {
     BitMap map{};
     map.virtual_words = 3;
@@ -208,7 +209,8 @@ constexpr BitMap e2m1() {
     return map;
 }
 
-// e2m3: one code in place, the next one's sign bit 14, its run 13 ... 9. Bits 3 ... 0 of three words are a virtual word.
+// e2m3: one code in place, the next one's sign bit 14, its run 13 ... 9. Bits 3 ... 0 of three words are a virtual
+// word.
 constexpr BitMap e2m3() {
     BitMap map{};
     map.virtual_words = 2;
@@ -224,8 +226,8 @@ constexpr BitMap e2m3() {
     return map;
 }
 
-// Eight bits: one code in place, its run from `low` on; the other's sign is bit 14, its run's upper bits are the lowest of
-// the half, the others follow that sign.
+// Eight bits: one code in place, its run from `low` on; the other's sign is bit 14, its run's upper bits are the lowest
+// of the half, the others follow that sign.
 constexpr BitMap eight_bits(int low) {
     BitMap map{};
     const uint32_t run = 0x7Fu << low, upper = run & ~0x7Fu;

@@ -82,8 +82,8 @@ inline Dtype check_layout(at::ScalarType dtype) {
     return dtype == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
-// A tensor of tiles says by its shape which activations it is laid out for: a panel's bytes are one dimension for fp16, and
-// for bf16 two, of its blocks and of their bytes.
+// A tensor of tiles says by its shape which activations it is laid out for: a panel's bytes are one dimension for fp16,
+// and for bf16 two, of its blocks and of their bytes.
 inline at::DimVector tiles_shape(Dtype layout, int bits, int64_t n, int64_t k) {
     const int64_t block_bytes = int64_t(kBlockRows) * kBlockColumns * bits / 8;
     at::DimVector shape{ceil_div(n, kPanelRows), ceil_div(k, kPanelColumns)};
@@ -97,9 +97,9 @@ inline Dtype check_tiles(const at::Tensor& tiles, int bits, int64_t n, int64_t k
     TORCH_CHECK_TYPE(tiles.scalar_type() == at::kByte, "packed must be uint8, got ", tiles.scalar_type());
     const at::DimVector for_f16 = tiles_shape(Dtype::kFloat16, bits, n, k);
     const at::DimVector for_bf16 = tiles_shape(Dtype::kBFloat16, bits, n, k);
-    TORCH_CHECK_VALUE(tiles.sizes() == for_f16 || tiles.sizes() == for_bf16, "tiles of ", n, " x ", k, " codes of ", bits,
-                      " bits must be ", at::IntArrayRef(for_f16), ", or for bfloat16 ", at::IntArrayRef(for_bf16), ", got ",
-                      tiles.sizes());
+    TORCH_CHECK_VALUE(tiles.sizes() == for_f16 || tiles.sizes() == for_bf16, "tiles of ", n, " x ", k, " codes of ",
+                      bits, " bits must be ", at::IntArrayRef(for_f16), ", or for bfloat16 ",
+                      at::IntArrayRef(for_bf16), ", got ", tiles.sizes());
     return tiles.sizes() == for_f16 ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 

@@ -1,5 +1,5 @@
-// Packed words to MMA operands in registers: a lane's words of a 16 x 64 block (common/layout.h), laid out for fp16 or for
-// bf16, to the A fragments of its four k16 steps in that type, exact for every code.
+// Packed words to MMA operands in registers: a lane's words of a 16 x 64 block (common/layout.h), laid out for fp16 or
+// for bf16, to the A fragments of its four k16 steps in that type, exact for every code.
 //
 // Also compiles for the host, where the two arithmetic instructions are emulated, so that a CPU can check every code.
 #pragma once
@@ -17,8 +17,8 @@ namespace ds_fp6 {
 
 namespace cuda {
 
-// w rotated to the left by Rotate as far as Mask sees it. A shift wherever no bit under Mask wraps around: left shifts run as
-// multiplications beside the logic pipe.
+// w rotated to the left by Rotate as far as Mask sees it. A shift wherever no bit under Mask wraps around: left shifts
+// run as multiplications beside the logic pipe.
 template <int Rotate, uint32_t Mask>
 DS_FP6_HD uint32_t rotated(uint32_t w) {
     constexpr uint32_t wrapped = Mask & ((1u << Rotate) - 1);
@@ -53,8 +53,8 @@ DS_FP6_HD uint32_t source(const uint32_t (&words)[Fmt::kBits]) {
     else return virtual_word<Fmt, T, Source - Fmt::kBits>(words);
 }
 
-// Two codes in T's places, sign at bit 15 of each half, the other bits shifted to BitMapOf<Fmt, T>::kShift, out of words
-// that are laid out for T.
+// Two codes in T's places, sign at bit 15 of each half, the other bits shifted to BitMapOf<Fmt, T>::kShift, out of
+// words that are laid out for T.
 template <class Fmt, class T, int Pair, int I = 0>
 DS_FP6_HD uint32_t extract(const uint32_t (&words)[Fmt::kBits]) {
     constexpr Terms terms = BitMapOf<Fmt, T>::kMap.pair[Pair];
@@ -101,8 +101,8 @@ DS_FP6_HD uint32_t scale_bf16x2(uint32_t a) {
 //
 // Instructions a pair on the logic pipe + beside it (left shifts, arithmetic), counted in sm_90a machine code:
 //            e3m2         e2m2         e2m1         e3m1         e2m3         e4m3         e5m2
-//   fp16  1.63 + 0.50  1.63 + 0.56  1.50 + 0.75  1.75 + 0.81  2.50 + 1.38  1.50 + 1.00  2.50 + 3.00
-//   bf16  2.63 + 2.00  2.44 + 2.06  2.25 + 2.25  2.75 + 2.31  3.88 + 2.50  2.50 + 2.00  2.00 + 2.00
+//   fp16  1.63 + 0.50  1.63 + 0.56  1.50 + 0.75  1.75 + 0.81  2.50 + 1.38  1.50 + 1.00  3.50 + 2.00
+//   bf16  1.63 + 1.50  2.00 + 1.69  2.00 + 1.75  2.00 + 1.69  2.25 + 1.88  2.50 + 2.00  2.50 + 2.00
 // Formats in segments take 3 to 6 logic instructions.
 template <class Fmt, class T>
 struct Dequant;

@@ -68,7 +68,8 @@ LinearKernel kernel_for(const LinearProblem& p, const Device& device) {
 Tensor take_x(LinearProblem& p, const Tensor& x, int64_t m, int64_t k, bool contiguous) {
     Tensor rows = x.reshape({m, k});
     const auto take = [&] {
-        p.x = rows.const_data_ptr(), p.x_stride = m == 1 ? rows.size(1) : rows.stride(0), p.k = static_cast<int>(rows.size(1));
+        p.x = rows.const_data_ptr(), p.k = static_cast<int>(rows.size(1));
+        p.x_stride = m == 1 ? p.k : rows.stride(0);
     };
     take();
     const bool in_rows = (k == 1 || rows.stride(1) == 1) && p.x_stride >= k && (p.x_stride == k || !contiguous);

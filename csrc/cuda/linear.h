@@ -25,8 +25,8 @@ struct LinearProblem {
     Dtype dtype;           // of x and y: fp16 or bf16
     const void* x;         // [m, k], rows x_stride apart, has_aligned_rows (linear.cpp copies and pads what has not)
     int64_t x_stride;      // elements from row to row, at least k; k for linear_sm80
-    const uint8_t* tiles;  // [ceil(n / 64), ceil(k / 64), 512 * bits], laid out for dtype: common/layout.h, bit_map.h; codes
-                           // beyond n or k are 0
+    const uint8_t* tiles;  // [ceil(n / 64), ceil(k / 64), 512 * bits], laid out for dtype: common/layout.h, bit_map.h;
+                           // codes beyond n or k are 0
     const float* scales;   // [n, groups]
     int groups;            // 1: one scale a row
     int group_size;        // of k; 0 where groups == 1

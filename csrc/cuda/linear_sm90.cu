@@ -46,8 +46,8 @@ cudaError_t linear_sm90(const LinearProblem& problem, const Device& device, void
         [&](auto format) {
             using Fmt = decltype(format);
             if constexpr (sm90::kInstantiated<Fmt>) {
-                return problem.dtype == Dtype::kFloat16 ? sm90::launch<Fmt, Half>(problem, device, workspace, stream)
-                                                        : sm90::launch<Fmt, BFloat16>(problem, device, workspace, stream);
+                if (problem.dtype == Dtype::kFloat16) return sm90::launch<Fmt, Half>(problem, device, workspace, stream);
+                return sm90::launch<Fmt, BFloat16>(problem, device, workspace, stream);
             } else {
                 return cudaErrorInvalidValue;
             }

@@ -1,9 +1,9 @@
 // y[m, n] = x[m, k] . weights[n, k]^T * scale[n] (+ bias[n]) on Hopper, weights packed in tiles.
 //
 // One persistent block an SM: a warp streams packed weights and a warp streams activations into a ring in shared
-// memory; warpgroups dequantize the weights in registers and multiply them with the activations by wgmma (weights are A,
-// so that few tokens waste nothing), workers that share a tile hand their sums over, and the epilogue scales, rounds and
-// stores.
+// memory; warpgroups dequantize the weights in registers and multiply them with the activations by wgmma (weights are
+// A, so that few tokens waste nothing), workers that share a tile hand their sums over, and the epilogue scales, rounds
+// and stores.
 #pragma once
 
 #include "linear_sm90_epilogue.cuh"

@@ -105,8 +105,8 @@ private:
     }
     __device__ int copied_chunk() const { return kWarpCopies ? thread_ / 32 * 2 + thread_ % 2 : thread_ % 8; }
 
-    // 64 channels, kOwnTokens tokens: transposed through shared memory, up to 64 tokens at a time, 128 bytes a token whose
-    // 16-byte chunks are swizzled by the token.
+    // 64 channels, kOwnTokens tokens: transposed through shared memory, up to 64 tokens at a time, 128 bytes a token
+    // whose 16-byte chunks are swizzled by the token.
     __device__ void store_panel(const float (&sums)[T::kOwnSums], const Terms& terms, int panel) const {
         const int channel = terms.channel + panel * 64, token = terms.token;
         const float scale[2] = {C::kValue * terms.scale[panel][0], C::kValue * terms.scale[panel][1]};

@@ -80,15 +80,16 @@ inline Plan plan_for_slow_memory(const LinearProblem& p, const Device& device) {
 //                                                       16.1 (16.4), o 13.3 (13.6); 8B's qkv 7.4 (6.9)
 //           a short K, fewer tiles than SMs   whole     8B's qkv and o, in a decode step: 2.0 and 1.0 less than cut
 //   <= 16   tiles of 2 panels for all SMs     wide      gate_up 80.0 (81.9); qkv 16.2 (16.2), down 40.8 (40.4)
-//           bf16, 2^26 to 2^27 weights        wide      four consumers hide its longer dequantization: qkv 16.5 (17.6), o
-//                                                       13.7 (14.1)
+//           bf16, 2^26 to 2^27 weights        wide      four consumers hide its longer dequantization: qkv 16.5 (17.6),
+//                                                       o 13.7 (14.1)
 //           small, one round of pairs         cut       8B's down, in a decode step: 0.9 less
 //   <= 32   tiles of 4 panels for all SMs     wide      gate_up 89.3 (two panels 92.0); 8B's 2.6 more
 //           no more than two rounds of pairs  cut       pairs of blocks add up through shared memory: o 14.2 (15.1), qkv
 //                                                       18.1 (18.2), down 42.3 (43.2), 8B's gate_up 25.1 (23.7); in a
 //                                                       decode step 8B's down 1.9 less; whole, as above, its qkv and o
 //                                                       2.3 less
-//           bf16, no more than one round      cut       qkv, of more, 18.7 (19.1)
+//           of those, >= 2^27 weights, in     cut long  down 43.2 (43.7); bf16 takes longer over a stage: down 44.3
+//           bf16 >= 2^26                                (46.2), qkv 18.6 (19.1), o 15.2 (15.1; in fp16 14.9, 14.3)
 //           any                               two panels
 //   <= 48   tiles of 4 panels for most SMs    wide      gate_up 94.5 (cut 97.1; tiles of 64 tokens 104.6)
 //           any                               cut       qkv 19.5 (wide 23.0; 64 tokens 22.1), o 15.2 (19.8; 17.0), down
@@ -115,7 +116,8 @@ inline Plan plan_for_few_tokens(const LinearProblem& p, const Device& device) {
     if (p.m <= 32) {
         if (fill(Tile32Wide(), 4)) return plan<Tile32Wide>();
         const Tiling pairs = Tiling::of<Tile32Cut>(p, device);
-        if (pairs.tiles() > (bf16 ? 1 : 2) * pairs.most_workers) return plan<Tile32>();
+        if (pairs.tiles() > 2 * pairs.most_workers) return plan<Tile32>();
+        if (has_weights(p, bf16 ? 1 << 26 : 1 << 27)) return plan<Tile32CutLong>();
         return plan<Tile32Cut>(pairs.whole_if_cutting_saves(16));
     }
     if (p.m <= 48) {

@@ -55,6 +55,7 @@ using Tile16Wide =      Tile<2,  16,   4,    6,     4,      2,    1>;
 using Tile32Grouped =   Tile<2,  32,   2,   10,     2,      1,    1>;
 using Tile32 =          Tile<2,  32,   4,    5,     4,      2,    1>;
 using Tile32Cut =       Tile<2,  32,   2,   10,     2,      1,    2>;
+using Tile32CutLong =   Tile<2,  32,   4,    5,     2,      1,    2>;
 using Tile32Wide =      Tile<4,  32,   2,    6,     2,      1,    1>;
 using Tile48 =          Tile<4,  48,   2,    5,     2,      1,    1>;
 using Tile48Cut =       Tile<2,  48,   4,    4,     2,      1,    2>;
@@ -101,8 +102,9 @@ private:
 
 // Where channels have one scale, and where they have several: two sets of sums leave no registers for more.
 using UngroupedTiles =
-    TileList<Tile8, Tile8Wide, Tile16, Tile16Cut, Tile16Wide, Tile32, Tile32Cut, Tile32Wide, Tile48, Tile48Cut, Tile64,
-             Tile64Cut, Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow, Tile128Cut>;
+    TileList<Tile8, Tile8Wide, Tile16, Tile16Cut, Tile16Wide, Tile32, Tile32Cut, Tile32CutLong, Tile32Wide, Tile48,
+             Tile48Cut, Tile64, Tile64Cut, Tile64WideCut, Tile96, Tile96Narrow, Tile96Cut, Tile128, Tile128Narrow,
+             Tile128Cut>;
 using GroupedTiles = TileList<Tile8, Tile16, Tile32Grouped, Tile64>;
 
 }  // namespace sm90

@@ -250,8 +250,8 @@ void check_layout(int n, int k, int row_stride, int group_size, const std::vecto
     if (refused.weight != Refused::kNone || refused.scale != Refused::kNone) fail("refused", 0, 0, refused.weight, -1);
 
     std::vector<Type> dense(size_t(n) * k, tiles::Element<D>::round(kNan));
-    const DequantizeProblem d{Fmt::kExponentBits, Fmt::kMantissaBits, packed.data(), kLayout<T>, scales.data(), n, k, groups,
-                              size, dense.data(), D};
+    const DequantizeProblem d{Fmt::kExponentBits, Fmt::kMantissaBits, packed.data(), kLayout<T>, scales.data(), n, k,
+                              groups, size, dense.data(), D};
     const int grid_x = (panels_k + tiles::kBlockWarps - 1) / tiles::kBlockWarps, threads = tiles::kBlockWarps * 32;
     run(grid_x, panels_n * 4, threads, [&] { tiles::dequantize_kernel<Fmt, T, D>(d); });
     for (int r = 0; r < n; ++r)

@@ -46,7 +46,8 @@ double value_as(uint32_t bits) {
     return value_of_bits(bits, 15 - T::kExponentAt, T::kExponentAt);
 }
 
-// Pair P of words for T: every code in each half, the rest of the words random, through insert, extract and dequantization.
+// Pair P of words for T: every code in each half, the rest of the words random, through insert, extract and
+// dequantization.
 template <class Fmt, class T, int P>
 void check_pair() {
     constexpr int e = Fmt::kExponentBits, m = Fmt::kMantissaBits;
@@ -69,7 +70,8 @@ void check_pair() {
                 const uint32_t place = raw >> (16 * h) & 0xFFFF;
                 if (cuda::code_at<Fmt, T>(place) != codes[h])
                     fail("the code", e, m, P, h, codes[h], cuda::code_at<Fmt, T>(place), codes[h]);
-                const double value = std::ldexp(value_as<T>(operand >> (16 * h) & 0xFFFF), cuda::Dequant<Fmt, T>::kScaleExponent);
+                const double value =
+                    std::ldexp(value_as<T>(operand >> (16 * h) & 0xFFFF), cuda::Dequant<Fmt, T>::kScaleExponent);
                 if (!same(value, want))
                     fail(T::kExponentAt == 10 ? "the fp16 value" : "the bf16 value", e, m, P, h, codes[h], value, want);
                 const double as_f32 = cuda::value_at<Fmt, T>(place);
@@ -116,9 +118,10 @@ void check_format() {
 // The eight pairs of each half of a lane's words, as fragments' registers.
 template <class T>
 std::array<uint32_t, 16> fragments(const uint32_t (&w)[6]) {
+    using Dequantize = cuda::Dequant<Format<3, 2>, T>;
     uint32_t a[4][4];
-    cuda::Dequant<Format<3, 2>, T>::template fragment<0>(w, a[0]), cuda::Dequant<Format<3, 2>, T>::template fragment<1>(w, a[1]);
-    cuda::Dequant<Format<3, 2>, T>::template fragment<2>(w, a[2]), cuda::Dequant<Format<3, 2>, T>::template fragment<3>(w, a[3]);
+    Dequantize::template fragment<0>(w, a[0]), Dequantize::template fragment<1>(w, a[1]);
+    Dequantize::template fragment<2>(w, a[2]), Dequantize::template fragment<3>(w, a[3]);
     std::array<uint32_t, 16> all;
     for (int i = 0; i < 16; ++i) all[i] = a[i / 4][i % 4];
     return all;

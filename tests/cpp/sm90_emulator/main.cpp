@@ -1,6 +1,6 @@
 // Compares linear_sm90, launcher and kernels, with a product in double precision: random codes, activations, scales, bias.
-// Activations in bf16 have rows of very different magnitudes, and gaps between the rows; their GPU's memory is slow. Each
-// problem with an even n runs once more with a gate, which must make of y what double precision makes of the same y.
+// Activations in bf16 have rows of very different magnitudes, and gaps between the rows; their GPU's memory is slow.
+// Each problem with an even n runs once more with a gate, which must make of y what double precision makes of the same y.
 //
 // Arguments, any number of times: m n k group_size bias(0, 1: of x's type, 2: fp32) sms tile(0: the heuristics' choice,
 // else the n-th of kTiles).
@@ -136,7 +136,7 @@ constexpr decltype(kLaunch<sm90::Tile64>) kTiles[] = {
     kLaunch<sm90::Tile64WideCut>,  kLaunch<sm90::Tile128>,        kLaunch<sm90::Tile128Narrow>,
     kLaunch<sm90::Tile128Cut>,     kLaunch<sm90::Tile48>,         kLaunch<sm90::Tile48Cut>,
     kLaunch<sm90::Tile96>,         kLaunch<sm90::Tile96Narrow>,   kLaunch<sm90::Tile96Cut>,
-    kLaunch<sm90::Tile64Cut>,      kLaunch<sm90::Tile16Cut>,
+    kLaunch<sm90::Tile64Cut>,      kLaunch<sm90::Tile16Cut>,      kLaunch<sm90::Tile32CutLong>,
 };
 
 // What x's row i is scaled with.
