@@ -53,7 +53,7 @@ def main() -> int:
     gates = RandomWeight(E3M2, 330, 640, 0, generator)
     for layout, tiles in gates.tiles.items():
         ops.gated_linear(random_x(100, 640, layout, generator), tiles, gates.scales, None, 3, 2, 0, 5)
-    # Rows too long for registers, and the end of a tensor in the middle of 16 bytes.
+    # Long rows, and the end of a tensor in the middle of 16 bytes.
     long = RandomWeight(E3M2, 70, 33000, 0, generator)
     x = random_x(5, 33003, torch.bfloat16, generator)[:, 3:]
     Expected(x, long).check(long.linear(x), "long rows")

@@ -208,7 +208,7 @@ def test_bf16_infinities_and_nans_spoil_their_own_tokens_only(kernel, generator)
 
 
 @pytest.mark.parametrize("k", [33000, 70001])
-def test_bf16_rows_longer_than_registers(k, generator):
+def test_bf16_long_rows(k, generator):
     weight = RandomWeight(E3M2, 70, k, 0, generator)
     x = random_x(40, k, torch.bfloat16, generator)
     x[1, -1], x[2, k // 2] = 1e4, -1e6
