@@ -53,6 +53,28 @@ constexpr void add(Terms& terms, int source, int rotate, uint32_t mask) {
     terms.term[terms.count++] = Term{source, (rotate + 32) % 32, mask};
 }
 
+// Bits of a word: `mask` of it, rotated to the left, or, below 0, to the right.
+struct Bits {
+    int rotate;
+    uint32_t mask;
+};
+
+// Six words, of which each three have spare bits for a virtual word, as `spare` says of the first, the second and the
+// third; add_codes(map, pair, source) adds a source's two codes.
+template <class AddCodes>
+constexpr BitMap with_spare_bits_of_three(const Bits (&spare)[3], AddCodes add_codes) {
+    BitMap map{};
+    map.virtual_words = 2;
+    for (int group = 0; group < 2; ++group) {
+        for (int i = 0; i < 3; ++i) {
+            add(map.virtual_word[group], 3 * group + i, spare[i].rotate, spare[i].mask);
+            add_codes(map, 8 * group + 2 * i, 3 * group + i);
+        }
+        add_codes(map, 8 * group + 6, 6 + group);
+    }
+    return map;
+}
+
 // ---- for fp16: bit 15 and below it a run whose last exponent bit is bit 10 ----
 
 namespace f16 {
@@ -67,18 +89,8 @@ constexpr void add_bytes(BitMap& map, int pair, int source, uint32_t code_bits) 
 // e3m2: bytes s..eeemm. The spare bits 6, 5 of three words are a virtual word's four codes; the rotation by 2 takes
 // bit 6 into the next byte's bit 0.
 constexpr BitMap e3m2() {
-    BitMap map{};
-    map.virtual_words = 2;
-    for (int group = 0; group < 2; ++group) {
-        const int word = 3 * group;
-        Terms& spare = map.virtual_word[group];
-        add(spare, word, 2, all_bytes(0x81));
-        add(spare, word + 1, -2, all_bytes(0x18));
-        add(spare, word + 2, -4, all_bytes(0x06));
-        for (int i = 0; i < 3; ++i) add_bytes(map, 8 * group + 2 * i, word + i, 0x9F);
-        add_bytes(map, 8 * group + 6, 6 + group, 0x9F);
-    }
-    return map;
+    return with_spare_bits_of_three({{2, all_bytes(0x81)}, {-2, all_bytes(0x18)}, {-4, all_bytes(0x06)}},
+                                    [](BitMap& map, int pair, int source) { add_bytes(map, pair, source, 0x9F); });
 }
 
 // e2m2: bytes s...eemm, spare bits 6 ... 4 of five words make three virtual words.
@@ -158,18 +170,8 @@ constexpr void add_two(BitMap& map, int pair, int source, uint32_t code_bits) {
 // e3m2: halves s.....eeemm..... and .....s.....eeemm. The spare bits 14 ... 11 of three words are a virtual word's four
 // codes; the rotation by 4 takes bits 14 ... 12 into the next half's 2 ... 0.
 constexpr BitMap e3m2() {
-    BitMap map{};
-    map.virtual_words = 2;
-    for (int group = 0; group < 2; ++group) {
-        const int word = 3 * group;
-        Terms& spare = map.virtual_word[group];
-        add(spare, word, 4, both_halves(0x8007));
-        add(spare, word + 1, -4, both_halves(0x0780));
-        add(spare, word + 2, -8, both_halves(0x0078));
-        for (int i = 0; i < 3; ++i) add_two(map, 8 * group + 2 * i, word + i, 0x83E0);
-        add_two(map, 8 * group + 6, 6 + group, 0x83E0);
-    }
-    return map;
+    return with_spare_bits_of_three({{4, both_halves(0x8007)}, {-4, both_halves(0x0780)}, {-8, both_halves(0x0078)}},
+                                    [](BitMap& map, int pair, int source) { add_two(map, pair, source, 0x83E0); });
 }
 
 // e2m2, low = 5, spare = 9, and e3m1, low = 6, spare = 5: a sign and four bits from `low` on, twice. Bits 14 ... 11,
@@ -212,18 +214,12 @@ constexpr BitMap e2m1() {
 // e2m3: one code in place, the next one's sign bit 14, its run 13 ... 9. Bits 3 ... 0 of three words are a virtual
 // word.
 constexpr BitMap e2m3() {
-    BitMap map{};
-    map.virtual_words = 2;
-    for (int group = 0; group < 2; ++group) {
-        for (int i = 0; i < 4; ++i) {
-            const int source = i < 3 ? 3 * group + i : 6 + group, pair = 8 * group + 2 * i;
-            if (i < 3) add(map.virtual_word[group], source, 4 * (i + 1), both_halves(0xFu << (4 * (i + 1))));
-            add(map.pair[pair], source, 0, both_halves(0x81F0));
-            add(map.pair[pair + 1], source, 1, both_halves(0x8000));
-            add(map.pair[pair + 1], source, -5, both_halves(0x01F0));
-        }
-    }
-    return map;
+    return with_spare_bits_of_three({{4, both_halves(0x00F0)}, {8, both_halves(0x0F00)}, {12, both_halves(0xF000)}},
+                                    [](BitMap& map, int pair, int source) {
+                                        add(map.pair[pair], source, 0, both_halves(0x81F0));
+                                        add(map.pair[pair + 1], source, 1, both_halves(0x8000));
+                                        add(map.pair[pair + 1], source, -5, both_halves(0x01F0));
+                                    });
 }
 
 // Eight bits: one code in place, its run from `low` on; the other's sign is bit 14, its run's upper bits are the lowest

@@ -1,6 +1,8 @@
 // Host side of the kernels of quantize.cuh and relayout.cuh for one format.
 #pragma once
 
+#include <type_traits>
+
 #include "quantize.cuh"
 #include "relayout.cuh"
 
@@ -24,30 +26,32 @@ cudaError_t for_layout(Dtype layout, Launch launch) {
     return cudaGetLastError();
 }
 
+// launch(the type as a compile-time constant).
+template <class Launch>
+void for_dtype(Dtype dtype, Launch launch) {
+    switch (dtype) {
+        case Dtype::kFloat32: launch(std::integral_constant<Dtype, Dtype::kFloat32>()); break;
+        case Dtype::kFloat16: launch(std::integral_constant<Dtype, Dtype::kFloat16>()); break;
+        case Dtype::kBFloat16: launch(std::integral_constant<Dtype, Dtype::kBFloat16>()); break;
+    }
+}
+
 template <class Fmt>
 cudaError_t launch_quantize(const QuantizeProblem& p, cudaStream_t stream) {
-    const int grid = strips(p.n), threads = kQuantizeWarps * 32;
     return for_layout(p.layout, [&](auto layout) {
-        using T = decltype(layout);
-        switch (p.dtype) {
-            case Dtype::kFloat32: quantize_kernel<Fmt, T, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
-            case Dtype::kFloat16: quantize_kernel<Fmt, T, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
-            case Dtype::kBFloat16: quantize_kernel<Fmt, T, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
-        }
+        for_dtype(p.dtype, [&](auto dtype) {
+            quantize_kernel<Fmt, decltype(layout), dtype><<<strips(p.n), kQuantizeWarps * 32, 0, stream>>>(p);
+        });
     });
 }
 
 template <class Fmt>
 cudaError_t launch_dequantize(const DequantizeProblem& p, cudaStream_t stream) {
-    const dim3 grid = block_grid(p.n, p.k);
-    const int threads = kBlockWarps * 32;
     return for_layout(p.layout, [&](auto layout) {
-        using T = decltype(layout);
-        switch (p.dtype) {
-            case Dtype::kFloat32: dequantize_kernel<Fmt, T, Dtype::kFloat32><<<grid, threads, 0, stream>>>(p); break;
-            case Dtype::kFloat16: dequantize_kernel<Fmt, T, Dtype::kFloat16><<<grid, threads, 0, stream>>>(p); break;
-            case Dtype::kBFloat16: dequantize_kernel<Fmt, T, Dtype::kBFloat16><<<grid, threads, 0, stream>>>(p); break;
-        }
+        for_dtype(p.dtype, [&](auto dtype) {
+            dequantize_kernel<Fmt, decltype(layout), dtype>
+                <<<block_grid(p.n, p.k), kBlockWarps * 32, 0, stream>>>(p);
+        });
     });
 }
 
