@@ -22,12 +22,6 @@ struct EmulatedThread {
 struct EmulatedBlock {
     int x = emulator::current->block->index;
 };
-struct EmulatedBlockSize {
-    operator int() const { return emulator::current->block->threads; }
-};
-static struct {
-    EmulatedBlockSize x;
-} blockDim;
 #define __grid_constant__
 #define __launch_bounds__(...)
 
